@@ -1,0 +1,195 @@
+"""Checkpoints by Orbax: saved asynchronously, restored on any device count, in part if wanted.
+
+A step's folder is its number and holds `state` and `config`, so one step alone is enough to load a
+model. Nothing here unpickles: arrays are TensorStore, everything else is JSON.
+"""
+
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from bivl.core import config as configs
+from bivl.core.errors import UserError
+from bivl.core.state import State
+
+log = logging.getLogger("bivl")
+warnings.filterwarnings("ignore", message="Sharding info not provided when restoring")
+PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "config/metadata")
+
+
+def is_whole(step_dir: Path) -> bool:
+    """Whether a step's folder has all that a finished save writes."""
+    return all((step_dir / part).is_file() for part in PARTS)
+
+
+def numbered(directory: Path) -> list[int]:
+    """Step numbers of the folders in `directory`, newest first, whole or not."""
+    if not directory.is_dir():
+        return []
+    return sorted((int(p.name) for p in directory.iterdir() if p.name.isdecimal()), reverse=True)
+
+
+def find(directory, step: int | None = None) -> Path:
+    """A workdir, its `checkpoints/`, or one step's folder -> the folder of `step` (newest whole)."""
+    root = Path(directory).resolve()
+    if not root.exists():
+        raise UserError(f"checkpoint {directory} does not exist; pass a workdir or a step's folder")
+    if is_whole(root) and step in (None, int(root.name) if root.name.isdecimal() else None):
+        return root
+    folder = root / "checkpoints" if (root / "checkpoints").is_dir() else root
+    steps = numbered(folder)
+    whole = [n for n in steps if is_whole(folder / str(n))]
+    if step is not None and step not in whole:
+        raise UserError(f"{directory} has no checkpoint of step {step}; it has {sorted(whole)}")
+    if not whole:
+        what = f"only unfinished ones: {steps}" if steps else "none"
+        raise UserError(f"{directory} has no finished checkpoint ({what}); pass a workdir")
+    for torn in (n for n in steps if n > whole[0] and step is None):
+        log.warning("checkpoint %s is unfinished; passed over", folder / str(torn))
+    return folder / str(whole[0] if step is None else step)
+
+
+def read_config(step_dir: Path):
+    """The config saved with a step."""
+    try:
+        return configs.from_dict(json.loads((step_dir / "config" / "metadata").read_text()))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"the config saved in {step_dir} cannot be read: {error}") from error
+
+
+def _names(tree) -> dict[str, object]:
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def saved_shapes(step_dir: Path) -> dict[str, tuple]:
+    """Path -> shape of every array of a saved state."""
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            tree = reader.metadata(step_dir / "state").item_metadata.tree
+    except Exception as error:
+        raise UserError(f"checkpoint {step_dir} cannot be read: {_line(error)}") from error
+    return {name: tuple(leaf.shape) for name, leaf in _names(tree).items()}
+
+
+def _line(error) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def check_shapes(step_dir: Path, wanted, prefix: str) -> None:
+    """UserError naming the first array of `wanted` that the checkpoint lacks or has otherwise."""
+    saved = saved_shapes(step_dir)
+    for name, leaf in _names(wanted).items():
+        shape = saved.get(f"{prefix}{name}")
+        if shape != tuple(leaf.shape):
+            has = f"has shape {shape}" if shape is not None else "is absent"
+            raise UserError(
+                f"{prefix}{name} {has} in checkpoint {step_dir}, this config wants "
+                f"{tuple(leaf.shape)}; use the config that the checkpoint was made with"
+            )
+
+
+def restore_part(step_dir: Path, wanted: dict):
+    """Reads the named parts of a state, {"params": abstract tree, ...}, wherever `wanted` says."""
+    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            return reader.restore(step_dir / "state", args=args)
+    except Exception as error:
+        raise UserError(f"checkpoint {step_dir} cannot be read: {_line(error)}") from error
+
+
+def load_matching(step_dir: Path, state: State) -> State:
+    """Fine-tuning's start: params that match by path and shape replace those of `state`.
+
+    The teacher takes the loaded value wherever it has the same path (a student that is restarted is
+    its own first teacher). Logs what was loaded, what was not, and what the checkpoint has besides;
+    UserError when nothing matches.
+    """
+    saved = saved_shapes(step_dir)
+    flat, structure = jax.tree_util.tree_flatten_with_path(state.params)
+    keys = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    own = dict(zip(keys, (leaf for _, leaf in flat), strict=True))
+    match = [k for k in keys if saved.get(f"params/{k}") == own[k].shape]
+    if not match:
+        raise UserError(f"no parameter of checkpoint {step_dir} fits this model; check config.init")
+    wanted: dict = {}
+    for key in match:
+        node = wanted
+        *parents, last = key.split("/")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        x = own[key]
+        node[last] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    loaded = _names(restore_part(step_dir, {"params": wanted})["params"])
+    for key in (k for k in keys if k not in loaded):
+        shape = saved.get(f"params/{key}")
+        why = f"the checkpoint has shape {shape}" if shape else "not in the checkpoint"
+        log.info("init: %s keeps its own values (%s)", key, why)
+    unused = sorted(k for k in saved if k.startswith("params/") and k[7:] not in own)
+    log.info("init: %d of %d arrays loaded from %s", len(loaded), len(keys), step_dir)
+    log.info("init: not used from the checkpoint: %s", ", ".join(unused) or "nothing")
+    params = jax.tree.unflatten(structure, [loaded.get(k, own[k]) for k in keys])
+
+    def follow(path, old):
+        new = loaded.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+        same = new is not None and new.shape == old.shape
+        return jax.device_put(new.astype(old.dtype), old.sharding) if same else old
+
+    teacher = jax.tree_util.tree_map_with_path(follow, state.teacher)
+    return state.replace(params=params, teacher=jax.tree.map(lambda x: x.copy(), teacher))
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run."""
+
+    def __init__(self, directory: Path, keep: int):
+        self.directory = Path(directory).resolve()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=max(keep, 1), cleanup_tmp_directories=True, create=True
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, step: int, state: State, config, wait: bool = False) -> None:
+        """Starts a save (finished before return with `wait`); a step on disk is not saved again."""
+        if step not in self._manager.all_steps() or not is_whole(self.directory / str(step)):
+            args = ocp.args.Composite(
+                state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config.to_dict())
+            )
+            self._manager.save(step, args=args, force=True)
+        if wait:
+            self._manager.wait_until_finished()
+
+    def restore_newest(self, abstract: State) -> State | None:
+        """The newest checkpoint that can be read, on `abstract`'s devices; None if there is none.
+
+        Torn ones are passed over with a warning and removed, so that their number can be saved
+        again. UserError when there are some but none can be read, or they hold another model.
+        """
+        steps = numbered(self.directory)
+        for step in steps:
+            step_dir = self.directory / str(step)
+            if is_whole(step_dir):
+                check_shapes(step_dir, abstract, "")
+                try:
+                    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                    return self._manager.restore(step, args=args).state
+                except Exception as error:
+                    log.warning("checkpoint %s cannot be read (%s)", step_dir, _line(error))
+            log.warning("checkpoint %s is torn; trying the one before", step_dir)
+        if steps:
+            raise UserError(
+                f"none of the checkpoints {steps} in {self.directory} can be read; "
+                "restore one from a copy, or start in another --workdir"
+            )
+        return None
+
+    def close(self) -> None:
+        """Waits for a running save."""
+        self._manager.wait_until_finished()
+        self._manager.close()

@@ -1,0 +1,102 @@
+"""The command line: flags, one-line errors, exit codes, logs on standard output."""
+
+import argparse
+import contextlib
+import difflib
+import logging
+import signal
+import sys
+import traceback
+
+from bivl.core import config as configs
+from bivl.core.errors import GuardStop, Terminated, UserError
+
+log = logging.getLogger("bivl")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def parse(argv, description: str, flags: dict[str, dict], base=None):
+    """-> (namespace, config or None). `flags` maps names to argparse keywords.
+
+    `--config=FILE.py:options` loads a config and `--config.a.b=value` overrides it. Without
+    --config the overrides apply to `base(namespace)`, the config saved with a checkpoint, say.
+    """
+    parser = _Parser(description=description, allow_abbrev=False)
+    for name, keywords in flags.items():
+        parser.add_argument(name, **keywords)
+    parser.add_argument("--config", metavar="FILE.py:options", help="recipe under configs/")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args, rest = parser.parse_known_args(argv)
+    assignments = []
+    rest = iter(rest)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if not name.startswith("--config."):
+            known = [f"--{n.lstrip('-')}" for n in (*flags, "config", "debug", "config.KEY")]
+            close = difflib.get_close_matches(name, known, 1)
+            cure = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            raise UserError(f"flag {name} is unknown; {cure}")
+        assignments.append((name.removeprefix("--config."), value if equals else next(rest, "")))
+    if args.config:
+        config = configs.load(args.config)
+    elif base is not None:
+        config = base(args)
+    else:
+        raise UserError("--config is missing; pass --config=configs/....py")
+    configs.override(config, assignments)
+    return args, config
+
+
+def run(main, argv=None) -> None:
+    """Runs `main(argv)` and exits: 0 done, 2 bad input, 3 guard, 143 SIGTERM, 1 anything else."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(stream=sys.stdout, level=logging.WARNING, format="%(message)s", force=True)
+    log.setLevel(logging.INFO)
+    codes = {UserError: 2, GuardStop: 3, Terminated: 143, KeyboardInterrupt: 130}
+    try:
+        main(argv)
+    except tuple(codes) as error:
+        sys.stdout.flush()
+        if "--debug" in argv:
+            traceback.print_exc()
+        line = " ".join(str(error).split()) or "interrupted"
+        print(f"error: {line}" if isinstance(error, UserError) else line, file=sys.stderr)
+        sys.exit(codes[type(error)])
+    except Exception as error:
+        traceback.print_exc()
+        print(f"failed: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+
+
+class Termination:
+    """SIGTERM seen as a flag by the training loop, or as an exception inside `interruptible`."""
+
+    def __init__(self, install: bool = True):
+        """`install` is False where several processes agree through jax's preemption service."""
+        self.requested = self._raise = False
+        self._old = signal.signal(signal.SIGTERM, self._handle) if install else None
+
+    def _handle(self, signum, frame):
+        self.requested = True
+        if self._raise:
+            raise Terminated("SIGTERM")
+
+    @contextlib.contextmanager
+    def interruptible(self):
+        """SIGTERM ends the block at once, with Terminated."""
+        self._raise = True
+        try:
+            if self.requested:
+                raise Terminated("SIGTERM")
+            yield
+        finally:
+            self._raise = False
+
+    def close(self):
+        """Puts the earlier handler back."""
+        if self._old is not None:
+            signal.signal(signal.SIGTERM, self._old)

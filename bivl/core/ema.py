@@ -1,0 +1,43 @@
+"""The teacher as an exponential moving average (EMA) of the student, kept in float32."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def update_rate(start: float, end: float, anneal_steps: int) -> Callable[[jax.Array], jax.Array]:
+    """Schedule of 1 - tau: step (updates completed) -> float32 scalar.
+
+    tau(n) = end - (end - start) * (1 - n / anneal_steps) for n < anneal_steps, else `end`
+    (fairseq `modules/ema_module.py`, `get_annealed_rate`). The rate 1 - tau is what is computed,
+    because 1 - float32(0.99999) has lost three digits.
+    """
+
+    def rate(step):
+        if start == end or anneal_steps <= 0:
+            return jnp.float32(1 - end)
+        remaining = jnp.maximum(1 - jnp.asarray(step, jnp.float32) / anneal_steps, 0)
+        return jnp.float32(1 - end) + jnp.float32(end - start) * remaining
+
+    return rate
+
+
+def track(teacher, params, rate: jax.Array, copied: Callable[[tuple], bool] = lambda path: False):
+    """One EMA step, T <- T + rate * (S - T), in float32.
+
+    The form with the difference, unlike tau * T + (1 - tau) * S, does not drift when tau and 1 - tau
+    are rounded apart. `teacher` may hold a part of the tree of `params`. Leaves for whose key path
+    `copied` is true are taken over verbatim. A rate of exactly 0 freezes the teacher, copies included.
+    """
+
+    def leaf(path, old):
+        new = params
+        for key in path:
+            new = new[key.key]
+        new = new.astype(jnp.float32)
+        if not copied(tuple(key.key for key in path)):
+            new = old + rate * (new - old)
+        return jnp.where(rate > 0, new, old)
+
+    return jax.tree_util.tree_map_with_path(leaf, teacher)

@@ -1,0 +1,13 @@
+"""How a run ends early: each class is one exit code of the command line."""
+
+
+class UserError(Exception):
+    """Bad input (exit code 2). The message is one line that names the cause and the cure."""
+
+
+class GuardStop(Exception):
+    """A guard stopped the run (exit code 3): non-finite loss or collapsed targets. State is saved."""
+
+
+class Terminated(Exception):
+    """SIGTERM or a preemption notice (exit code 143). State is saved."""

@@ -1,0 +1,137 @@
+"""Where numbers go: JSON lines, TensorBoard events, W&B, and the progress on the screen."""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from clu import metrics as clu_metrics
+from flax import struct
+from tqdm import tqdm
+
+log = logging.getLogger("bivl")
+
+
+@struct.dataclass
+class Timings(clu_metrics.Collection):
+    """Means over the updates since the last line."""
+
+    step_seconds: clu_metrics.Average.from_output("step_seconds")
+    data_wait_seconds: clu_metrics.Average.from_output("data_wait_seconds")
+
+
+def cut(path: Path, step: int) -> None:
+    """Drops the lines of `metrics.jsonl` after `step`, and a torn last line."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+class Writer:
+    """Writes scalars and pictures of a run; only the process that holds `workdir` makes one."""
+
+    def __init__(self, workdir: Path, step: int, config):
+        from tensorboardX import SummaryWriter
+
+        self.workdir = workdir
+        self._files = {}
+        for name in ("metrics", "evaluations"):
+            cut(workdir / f"{name}.jsonl", step)
+            self._files[name] = open(workdir / f"{name}.jsonl", "a", buffering=1)  # noqa: SIM115
+        self._events = SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
+        self._wandb = None
+        if config.wandb:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.wandb, dir=str(workdir), config=config.to_dict(), resume="allow"
+            )
+
+    def scalars(self, step: int, values: dict[str, float], file: str = "metrics") -> None:
+        """One line of metrics.jsonl or evaluations.jsonl (non-finite numbers become null), and
+        one event for each number."""
+        finite = {k: v if np.isfinite(v) else None for k, v in values.items()}
+        self._files[file].write(json.dumps({"step": step} | finite) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """uint8 [H, W, 3] -> pictures/NAME.png (the newest) and an event."""
+        from PIL import Image
+
+        path = self.workdir / "pictures" / f"{name.removeprefix('pictures/')}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+        self._events.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flushes everything."""
+        for file in self._files.values():
+            file.close()
+        self._events.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+class Progress:
+    """A live bar with ETA on a terminal; elsewhere a plain line, at most one every 10 seconds."""
+
+    def __init__(self, first: int, total: int):
+        self._live = sys.stdout.isatty()
+        self._total, self._first, self._start, self._last = total, first, time.monotonic(), 0.0
+        if self._live:
+            self._bar = tqdm(total=total, initial=first, file=sys.stdout, unit="step")
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """Shows the numbers of update `step`."""
+        text = " ".join(
+            f"{name}={values[name]:.4g}"
+            for name in ("loss", "target_std", "examples_per_second", "accuracy")
+            if name in values
+        )
+        if self._live:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._last >= 10 or step == self._total:
+            pace = (now - self._start) / max(step - self._first, 1)
+            log.info("step %d/%d %s eta=%ds", step, self._total, text, pace * (self._total - step))
+            self._last = now
+
+    def close(self) -> None:
+        """Ends the bar's line."""
+        if self._live:
+            self._bar.close()
+
+
+# Peak dense bfloat16 FLOP/s of one device, by the start of its `device_kind` (vendors' data sheets).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s of the longest matching name, None for a chip that is not in the table (a CPU)."""
+    names = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
+    return PEAK_FLOPS[max(names, key=len)] if names else None

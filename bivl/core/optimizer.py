@@ -1,0 +1,122 @@
+"""AdamW with clipping, weight-decay mask, schedules and layer-wise learning-rate decay, on optax."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bivl.core.errors import UserError
+
+
+def cosine(config, steps: int):
+    """Linear warm-up from 0 over W updates, then 0.5 (peak - end) (1 + cos) + end."""
+    return optax.warmup_cosine_decay_schedule(
+        0.0,
+        config.learning_rate,
+        config.warmup_steps,
+        max(steps, config.warmup_steps + 1),
+        config.end_learning_rate,
+    )
+
+
+def polynomial(config, steps: int):
+    """Linear warm-up from 0, then linear decay to `end_learning_rate` (fairseq polynomial_decay)."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    up = optax.linear_schedule(0.0, peak, warmup)
+    down = optax.linear_schedule(peak, config.end_learning_rate, max(steps - warmup, 1))
+    return optax.join_schedules([up, down], [warmup])
+
+
+def tri_stage(config, steps: int):
+    """0.01 peak -> peak (linear), hold, then exponential decay to final_scale * peak.
+
+    `config.phases` are the three fractions of `steps` (fairseq tri_stage; the data2vec paper calls
+    the last phase linear, the code that made its numbers decays exponentially).
+    """
+    peak, final = config.learning_rate, config.final_scale
+    warmup, hold, decay = (int(f * steps) for f in config.phases)
+
+    def last(count):
+        share = jnp.minimum(count / max(decay, 1), 1.0)
+        return peak * jnp.exp(jnp.log(final) * share)
+
+    up = optax.linear_schedule(0.01 * peak, peak, max(warmup, 1))
+    flat = optax.constant_schedule(peak)
+    return optax.join_schedules([up, flat, last], [warmup, warmup + hold])
+
+
+def constant(config, steps: int):
+    """Linear warm-up from 0, then `learning_rate` for good."""
+    del steps
+    peak, warmup = config.learning_rate, config.warmup_steps
+    up = optax.linear_schedule(0.0, peak, warmup)
+    return optax.join_schedules([up, optax.constant_schedule(peak)], [warmup])
+
+
+SCHEDULES = {f.__name__: f for f in (cosine, polynomial, tri_stage, constant)}
+
+
+def make_schedule(config, steps: int):
+    """`config.optimizer` -> function from finished updates to the next update's learning rate."""
+    if config.schedule not in SCHEDULES:
+        raise UserError(
+            f"config.optimizer.schedule={config.schedule!r} is unknown; use one of {sorted(SCHEDULES)}"
+        )
+    return SCHEDULES[config.schedule](config, steps)
+
+
+def _path(path) -> str:
+    return "/".join(str(getattr(key, "key", key)) for key in path)
+
+
+def decay_mask(params, exclude: str):
+    """True where weight decay applies: every parameter whose path `exclude` (a regex) misses."""
+    pattern = re.compile(exclude)
+    return jax.tree_util.tree_map_with_path(lambda p, _: not pattern.search(_path(p)), params)
+
+
+def layer_scales(params, decay: float):
+    """Learning-rate factors decay^(N + 1 - id) for a tree whose `blocks` leaves are stacked [N, ...].
+
+    id 0: everything under `embed` but a shared bias table; i + 1: block i; N + 1: the rest (norm,
+    head, bias table), as in BEiT's `optim_factory.py`. Returns a tree of arrays that broadcast.
+    """
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    depth = max((leaf.shape[0] for path, leaf in flat if "blocks" in _path(path)), default=0)
+
+    def leaf(path, value):
+        name = _path(path)
+        if "blocks" in name:
+            ids = jnp.arange(depth).reshape(-1, *[1] * (value.ndim - 1)) + 1
+        else:
+            ids = 0 if name.startswith("embed/") and "relative_position" not in name else depth + 1
+        return jnp.float32(decay) ** (depth + 1 - ids)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def scale_by_layer(decay: float) -> optax.GradientTransformation:
+    """Multiplies updates by `layer_scales`."""
+
+    def update(updates, state, params=None):
+        scales = layer_scales(updates, decay)
+        return jax.tree.map(lambda u, s: u * s, updates, scales), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def make_optimizer(config, schedule) -> optax.GradientTransformation:
+    """`config.optimizer` -> clip by global norm, Adam, decoupled decay, layer decay, -lr.
+
+    Decoupled decay is lr * weight_decay * p, as in torch.optim.AdamW and fairseq's "adam".
+    """
+    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    parts.append(optax.scale_by_adam(config.beta1, config.beta2, config.eps))
+    if config.weight_decay:
+        mask = lambda params: decay_mask(params, config.no_decay)  # noqa: E731
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask))
+    if config.layer_decay != 1.0:
+        parts.append(scale_by_layer(config.layer_decay))
+    parts.append(optax.scale_by_learning_rate(schedule))
+    return optax.chain(*parts)

@@ -1,0 +1,91 @@
+"""One training step: targets, loss, gradients, optimizer, teacher, metrics. Nothing else trains."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bivl.core.objective import Objective
+from bivl.core.state import State
+
+
+def _micro_batches(batch, accumulate: int):
+    """[B, ...] -> [accumulate, B / accumulate, ...], row i in micro-batch i % accumulate.
+
+    Rows stay on their device: the leading axis keeps its sharding through the reshape.
+    """
+
+    def leaf(x):
+        return x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(leaf, batch)
+
+
+def _loss_and_grads(objective: Objective, state: State, batch, key):
+    key_targets, key_loss = jax.random.split(key)
+    targets = objective.targets(state.teacher, state.extras, batch, key_targets)
+    targets = jax.lax.stop_gradient(targets)
+    grad_fn = jax.value_and_grad(objective.loss, has_aux=True)
+    (loss, aux), grads = grad_fn(state.params, state.extras, batch, targets, key_loss)
+    aux["metrics"] = {"loss": loss, **aux["metrics"]}
+    return aux, grads
+
+
+def _accumulated(objective: Objective, state: State, batch, key, accumulate: int):
+    """Weighted mean of gradients and metrics over micro-batches, as one scan."""
+    if accumulate == 1:
+        return _loss_and_grads(objective, state, batch, key)
+
+    def weighted(micro, key):
+        aux, grads = _loss_and_grads(objective, state, micro, key)
+        weight = aux["weight"].astype(jnp.float32)
+        scaled = jax.tree.map(lambda x: weight * x, (aux["metrics"], grads))
+        return scaled, weight, aux.get("sums", ())
+
+    def body(carry, inputs):
+        return jax.tree.map(jnp.add, carry, weighted(*inputs)), None
+
+    inputs = _micro_batches(batch, accumulate), jax.random.split(key, accumulate)
+    first = jax.tree.map(lambda x: x[0], inputs)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(weighted, *first))
+    (scaled, weight, sums), _ = jax.lax.scan(body, zeros, inputs)
+    metrics, grads = jax.tree.map(lambda x: x / weight, scaled)
+    return {"metrics": metrics, "weight": weight, "sums": sums}, grads
+
+
+def train_step(
+    state: State, batch, n, *, objective: Objective, tx, schedule, seed: int, accumulate: int
+):
+    """Update number `n` (1-based). Returns the new state and a dict of float32 scalars.
+
+    An update whose loss or gradient is not finite, or that is not the next one for this state, is
+    refused: the state comes back as it was. So the loop may read metrics one step late and still
+    save a sound state when a guard stops it.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    aux, grads = _accumulated(objective, state, batch, key, accumulate)
+    grad_norm = optax.tree.norm(grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    step = state.step + 1
+    teacher, extras, notes = objective.update(state.teacher, state.extras, params, aux, step)
+    new = State(step, params, teacher, extras, opt_state)
+    metrics = aux["metrics"] | notes
+    metrics |= {
+        "learning_rate": schedule(state.step),
+        "grad_norm": grad_norm,
+        "param_norm": optax.tree.norm(params),
+    }
+    sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & (step == n)
+    state = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, state)
+    return state, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
+
+
+def compile_step(objective: Objective, tx, schedule, abstract_state, *, seed, accumulate):
+    """The jitted step (state donated): what train, benchmark and precompile all run."""
+
+    def step(state, batch, n):
+        options = {"schedule": schedule, "seed": seed, "accumulate": accumulate}
+        return train_step(state, batch, n, objective=objective, tx=tx, **options)
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

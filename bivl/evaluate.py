@@ -1,0 +1,153 @@
+"""Evaluation: `python -m bivl.evaluate --checkpoint=DIR [--config=FILE] [--config.a.b=v] [--out=DIR]`.
+
+Writes `evaluation.json` (flat name -> number), `evaluation.md` and `pictures/` to --out, by default
+the checkpoint's own folder. The same evaluators run inside training and in notebooks.
+"""
+
+import importlib
+import json
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from bivl import model
+from bivl.core import checkpoint, cli, distributed, sharding
+from bivl.core.errors import UserError
+from bivl.data import pipeline, sources
+from bivl.evaluators.features import HOST_KEYS, Splits
+
+log = logging.getLogger("bivl")
+
+FLAGS = {
+    "--checkpoint": {"required": True, "help": "a workdir, its checkpoints/, or one step's folder"},
+    "--step": {"type": int, "help": "which step (default: the newest)"},
+    "--out": {"help": "where to write (default: the checkpoint's folder)"},
+}
+
+
+def data_of(config, split: str):
+    """The data mapping of "train" or "test": eval_data.SPLIT where it names a kind, else `data`
+    with the split that eval_data.SPLIT names."""
+    chosen = config.eval_data[split].to_dict()
+    return chosen if chosen["kind"] else config.data.to_dict() | {"split": chosen["split"]}
+
+
+def split_batches(config, objective, mesh, data, size: int):
+    """One pass over a data mapping: global device arrays for the model, numpy for label, id, mask."""
+    source = sources.open_source(data)
+    rows = sharding.local_rows(size, mesh)
+    threads = config.loader.threads
+    for batch in pipeline.eval_batches(
+        source, objective.eval_ops, batch_size=size, rows=rows, threads=threads
+    ):
+        placed = sharding.to_global(batch, mesh, size)
+        yield placed | {k: distributed.to_host(placed[k]) for k in HOST_KEYS if k in placed}
+
+
+def make_splits(config, objective, mesh) -> Splits:
+    """The train and test data of the evaluators; opened once here, so that mistakes show early."""
+    opened = {split: sources.open_source(data_of(config, split)) for split in ("train", "test")}
+    size = config.eval.batch_size or config.batch_size
+    sharding.check_batch(size, 1, mesh)
+
+    def batches(split):
+        return split_batches(config, objective, mesh, data_of(config, split), size)
+
+    return Splits(batches, opened["train"].classes)
+
+
+def make_predict(objective, mesh) -> dict:
+    """The objective's predict functions, jitted to run on `mesh`."""
+
+    def jitted(function):
+        compiled = jax.jit(function)
+
+        def call(params, extras, batch):
+            with sharding.use(mesh):
+                return compiled(params, extras, batch)
+
+        return call
+
+    return {name: jitted(function) for name, function in objective.predict.items()}
+
+
+def build(config, objective, mesh):
+    """The evaluators that `config.evaluators` names, as one function (params, extras) -> dict."""
+    if not config.evaluators:
+        return lambda params, extras: {}
+    modules = []
+    for name in config.evaluators:
+        try:
+            modules.append(importlib.import_module(f"bivl.evaluators.{name}"))
+            modules[-1].make  # noqa: B018
+        except (ModuleNotFoundError, AttributeError, TypeError):
+            found = sorted(p.stem for p in (Path(__file__).parent / "evaluators").glob("[!_]*.py"))
+            known = [n for n in found if n != "features"]
+            raise UserError(f"config.evaluators has {name!r}; known are {known}") from None
+    predict, splits = make_predict(objective, mesh), make_splits(config, objective, mesh)
+    runs = [
+        module.make(predict, splits, config.eval.get(name))
+        for name, module in zip(config.evaluators, modules, strict=True)
+    ]
+
+    def run(params, extras):
+        results = {}
+        for evaluator in runs:
+            results |= evaluator(params, extras)
+        return results
+
+    return run
+
+
+def summary(scalars: dict[str, float]) -> str:
+    """`name value` pairs on one line."""
+    return " ".join(f"{name}={value:.4f}" for name, value in sorted(scalars.items()))
+
+
+def write(results: dict, out: Path, title: str) -> dict[str, float]:
+    """Writes evaluation.json, evaluation.md and pictures/NAME.png; returns the numbers."""
+    from PIL import Image
+
+    out.mkdir(parents=True, exist_ok=True)
+    scalars = {k: float(v) for k, v in sorted(results.items()) if not isinstance(v, np.ndarray)}
+    rows = [f"| {name} | {value:.4f} |" for name, value in scalars.items()]
+    lines = [f"# {title}", "", "| metric | value |", "|---|---|", *rows, ""]
+    (out / "evaluation.json").write_text(json.dumps(scalars, indent=2) + "\n")
+    (out / "evaluation.md").write_text("\n".join(lines))
+    for name, value in results.items():
+        if isinstance(value, np.ndarray):
+            path = out / "pictures" / f"{name.removeprefix('pictures/')}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(value).save(path)
+    return scalars
+
+
+def saved_config(args):
+    """The config saved with --checkpoint, on whatever devices there are."""
+    config = checkpoint.read_config(checkpoint.find(args.checkpoint, args.step))
+    config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
+    return config
+
+
+def main(argv) -> None:
+    """The command line."""
+    flags = FLAGS | distributed.FLAGS
+    args, config = cli.parse(argv, __doc__, flags, base=saved_config)
+    distributed.start(args)
+    step_dir = checkpoint.find(args.checkpoint, args.step)
+    objective, mesh, params, extras = model.restore(step_dir, config)
+    evaluators = build(config, objective, mesh)
+    results = evaluators(params, extras)
+    if jax.process_index() == 0:
+        out = Path(args.out) if args.out else Path(args.checkpoint)
+        scalars = write(results, out, f"{config.objective}, step {step_dir.name}")
+        width = max(map(len, scalars), default=0)
+        for name, value in scalars.items():
+            print(f"{name:{width}}  {value:.4f}")
+        print(f"written to {out}/evaluation.json, evaluation.md")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,80 @@
+"""Multi-head self-attention."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from bivl.models.layers import LayerNorm, Projection, Vector, zeros
+
+BIASES = {"qkv": (True, True, True), "qv": (True, False, True), "none": (False, False, False)}
+
+
+def padding_bias(padding, dtype=jnp.float32):
+    """bool [B, L], True = pad -> additive bias [B, 1, 1, L] that hides padded keys.
+
+    Half the lowest finite number, not -inf: a row with nothing but padding must not become NaN,
+    nor may a further bias overflow.
+    """
+    return jnp.where(padding[:, None, None, :], jnp.finfo(dtype).min / 2, 0).astype(dtype)
+
+
+def attend(q, k, v, bias=None, dropout: float = 0.0, key=None):
+    """softmax(q k^T / sqrt(d) + bias) v for q, k, v [B, H, L, d]; returns (out, weights).
+
+    bias: anything that broadcasts to [B, H, L, L]. Softmax in float32. The division by the
+    softmax's sum comes after the product with v, where there is d / L times as much to divide;
+    `weights` are the normalised [B, H, L, L], free unless somebody reads them.
+    """
+    logits = jnp.einsum("BHQd,BHKd->BHQK", q * q.shape[-1] ** -0.5, k)
+    logits = logits.astype(jnp.float32)
+    if bias is not None:
+        logits = logits + bias
+    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    exps = jnp.exp(logits - top)
+    total = exps.sum(-1, keepdims=True)
+    weights = exps / total
+    if dropout:
+        keep = jax.random.bernoulli(key, 1 - dropout, exps.shape)
+        exps = jnp.where(keep, exps, 0) / (1 - dropout)
+    out = jnp.einsum("BHQK,BHKd->BHQd", exps.astype(v.dtype), v)
+    return (out / total).astype(v.dtype), weights
+
+
+class Attention(nn.Module):
+    """Self-attention [B, L, D] -> [B, L, D] with fused q, k, v.
+
+    bias: which of q, k, v have one: `qkv`, `qv` (BEiT: keys have none) or `none`.
+    inner_norm: LayerNorm before the output projection (sub-LN, Magneto).
+    """
+
+    num_heads: int
+    bias: str = "qkv"
+    inner_norm: bool = False
+    eps: float = 1e-6
+    dropout: float = 0.0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x, attention_bias=None, deterministic: bool = True):
+        B, L, D = x.shape
+        H, d = self.num_heads, D // self.num_heads
+        axes = ("embed", None, "heads", None)
+        qkv = Projection((3, H, d), axes, use_bias=False, dtype=self.dtype, name="qkv")(x)
+        qkv = qkv.transpose(2, 0, 3, 1, 4)  # [3, B, H, L, d]
+        offsets = [
+            Vector((H, d), ("heads", None), zeros, name=f"{name}_bias")() if used else None
+            for name, used in zip("qkv", BIASES[self.bias], strict=True)
+        ]
+        q, k, v = (
+            x if b is None else x + b[:, None, :].astype(x.dtype)
+            for x, b in zip(qkv, offsets, strict=True)
+        )
+        dropout = 0.0 if deterministic else self.dropout
+        key = self.make_rng("dropout") if dropout else None
+        x, weights = attend(q, k, v, attention_bias, dropout, key)
+        x = x.transpose(0, 2, 1, 3)  # [B, L, H, d]
+        if self.inner_norm:
+            x = LayerNorm(self.eps, self.dtype, name="norm")(x.reshape(B, L, D))
+            x = x.reshape(B, L, H, d)
+        x = Projection((D,), ("heads", None, "embed"), dtype=self.dtype, name="out")(x)
+        return x, weights

@@ -1,0 +1,198 @@
+"""The Transformer encoder: pre-, post- and sub-LN blocks, looped or scanned over stacked layers."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from bivl.models.attention import Attention, padding_bias
+from bivl.models.layers import LayerNorm, Mlp, Vector, constrain_tokens, drop_path
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """What an encoder is. `norm` is the place of LayerNorm: `pre`, `post` or `sub` (Magneto)."""
+
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    norm: str = "pre"
+    eps: float = 1e-6
+    qkv_bias: str = "qkv"
+    layer_scale: float = 0.0
+    drop_path: float = 0.0
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    final_norm: bool = True
+    depth_rescale: bool = False
+    dtype: str = "float32"
+    remat: str = "none"
+    scan: bool = False
+
+    @classmethod
+    def of(cls, model, dtype: str) -> "EncoderConfig":
+        """The fields that a mapping `config.model` holds; the others keep their defaults."""
+        names = {field.name for field in dataclasses.fields(cls)} & set(model)
+        return cls(**{name: model[name] for name in names}, dtype=dtype)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether training draws random numbers."""
+        return any((self.drop_path, self.dropout, self.attention_dropout, self.activation_dropout))
+
+
+class Block(nn.Module):
+    """One layer, [B, L, D] -> (x, ffn, weights): block output, the FFN branch after its layer scale
+    and before dropout and residual (data2vec's "ffn" target), attention weights [B, H, L, L]."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x, bias, drop_rate, deterministic: bool):
+        c = self.config
+        sub = c.norm == "sub"
+
+        def norm(name):
+            return LayerNorm(c.eps, c.dtype, name=name)
+
+        def scaled(y, name):
+            if not c.layer_scale:
+                return y
+            init = nn.initializers.constant(c.layer_scale)
+            return y * Vector((c.width,), (None,), init, name=name)().astype(y.dtype)
+
+        def dropped(y):
+            y = nn.Dropout(c.dropout)(y, deterministic)
+            if c.drop_path and not deterministic:
+                y = drop_path(y, drop_rate, self.make_rng("dropout"))
+            return y
+
+        attention = Attention(
+            c.num_heads, c.qkv_bias, sub, c.eps, c.attention_dropout, c.dtype, name="attention"
+        )
+        mlp = Mlp(c.mlp_dim, sub, c.eps, c.activation_dropout, c.dtype, name="mlp")
+        post = c.norm == "post"
+        y, weights = attention(x if post else norm("norm1")(x), bias, deterministic)
+        x = x + dropped(scaled(y, "scale1"))
+        x = norm("norm1")(x) if post else x
+        ffn = scaled(mlp(x if post else norm("norm2")(x), deterministic), "scale2")
+        x = x + dropped(ffn)
+        x = norm("norm2")(x) if post else x
+        return constrain_tokens(x), ffn, weights
+
+
+def _add_layer_axis(tree):
+    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree.map(lambda box: box.replace(names=("layers", *box.names)), tree, is_leaf=is_box)
+
+
+class Tokens(NamedTuple):
+    """What a modality's `Embed` hands to an encoder."""
+
+    x: jax.Array
+    """[B, L, D], the special tokens first."""
+    special: int = 0
+    """How many special tokens (CLS, ...) stand before the content tokens."""
+    bias: jax.Array | None = None
+    """Added to attention logits; broadcasts to [B, H, L, L]."""
+    padding: jax.Array | None = None
+    """bool [B, L], True = pad; absent where nothing can be padded."""
+
+
+class Encoded(NamedTuple):
+    """What an encoder returns; the tuples are empty unless asked for by `collect`."""
+
+    tokens: jax.Array
+    """[B, L, D] after the final norm."""
+    layers: tuple = ()
+    """depth + 1 arrays [B, L, D]: the input of block 0, then every block's output."""
+    ffn: tuple = ()
+    """depth arrays [B, L, D], see Block."""
+    weights: tuple = ()
+    """depth arrays [B, H, L, L]."""
+
+
+class Encoder(nn.Module):
+    """Tokens -> Encoded. `collect` names what to return besides: `layers`, `ffn`, `weights`.
+
+    Parameters of all blocks are stored stacked, [N, ...] under `blocks`, so that the config choices
+    `scan` and `remat` change neither a checkpoint nor a number.
+    """
+
+    config: EncoderConfig
+
+    def _init_blocks(self, key, x):
+        c = self.config
+
+        def one(key, layer):
+            params = Block(c).init(key, x[:1], None, 0.0, True)["params"]
+            if c.depth_rescale:  # BEiT's fix_init_weight: layer l (from 1) by 1 / sqrt(2 l)
+                scale = jax.lax.rsqrt(2.0 * (layer + 1))
+                for module, name in (("attention", "out"), ("mlp", "fc2")):
+                    kernel = params[module][name]["kernel"]
+                    params[module][name]["kernel"] = jax.tree.map(lambda k: k * scale, kernel)
+            return params
+
+        return _add_layer_axis(jax.vmap(one)(jax.random.split(key, c.depth), jnp.arange(c.depth)))
+
+    @nn.compact
+    def __call__(self, tokens: Tokens, deterministic: bool = True, collect=()) -> Encoded:
+        c = self.config
+        x = constrain_tokens(tokens.x.astype(c.dtype))
+        bias = tokens.bias
+        if tokens.padding is not None:
+            hidden = padding_bias(tokens.padding)
+            bias = hidden if bias is None else bias + hidden
+        blocks = nn.unbox(self.param("blocks", self._init_blocks, x))
+        rates = jnp.linspace(0.0, c.drop_path, c.depth)
+        random = not deterministic and c.is_random
+        keys = jax.random.split(self.make_rng("dropout"), c.depth) if random else rates
+
+        def body(x, layer):
+            params, rate, key = layer
+            rngs = {"dropout": key} if random else None
+            out = Block(c).apply({"params": params}, x, bias, rate, deterministic, rngs=rngs)
+            named = dict(zip(("layers", "ffn", "weights"), out, strict=True))
+            return out[0], {name: named[name] for name in collect}
+
+        if REMAT[c.remat]:
+            body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=not c.scan)
+        run = _scan if c.scan else _loop
+        y, collected = run(body, x, (blocks, rates, keys))
+        if "layers" in collected:
+            collected["layers"] = (x, *collected["layers"])
+        if c.final_norm:
+            y = LayerNorm(c.eps, c.dtype, name="norm")(y)
+        return Encoded(y, **collected)
+
+
+def _add_layer_axis(tree):
+    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree.map(lambda box: box.replace(names=("layers", *box.names)), tree, is_leaf=is_box)
+
+
+def _loop(body, x, stacked):
+    """Split once, not indexed layer by layer: the gradient is then one concatenation."""
+    leaves, structure = jax.tree.flatten(stacked)
+    depth = leaves[0].shape[0]
+    pieces = [[y.squeeze(0) for y in jax.lax.split(leaf, [1] * depth)] for leaf in leaves]
+    outs = []
+    for i in range(depth):
+        x, out = body(x, jax.tree.unflatten(structure, [piece[i] for piece in pieces]))
+        outs.append(out)
+    return x, {name: tuple(out[name] for out in outs) for name in outs[0]}
+
+
+def _scan(body, x, stacked):
+    x, outs = jax.lax.scan(body, x, stacked)
+    return x, {name: tuple(out[i] for i in range(out.shape[0])) for name, out in outs.items()}
