@@ -1,4 +1,4 @@
-"""Speed of a config: `python -m bivl.benchmark --config=FILE [--steps=N] [--config.a.b=v] [--json]`.
+"""Speed of a config: `python -m bivl.benchmark --config=FILE [--steps=N] [--json] [--config.a=v]`.
 
 Runs the very step and input pipeline that training runs and prints step time, wait for data,
 examples/s, FLOPs per step, memory and, where the chip's peak is known, MFU.

@@ -4,14 +4,14 @@ Writes `features` float32 [N, E], `ids` int [N] and, where the set has them, `la
 """
 
 import logging
-import tempfile
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from bivl import evaluate, model
-from bivl.core import checkpoint, cli, distributed, sharding
+from bivl.core import checkpoint, cli, distributed
+from bivl.core import config as configs
 from bivl.core.errors import UserError
 from bivl.evaluators.features import Splits, extract
 
@@ -24,10 +24,18 @@ FLAGS = {
 }
 
 
+def saved_config(args, keys):
+    """As `evaluate.saved_config`; one `data` key given replaces all that names the saved data."""
+    config = evaluate.saved_config(args, keys)
+    if any(key.startswith("data.") for key in keys):
+        texts = {k for k, v in configs.flatten(config.data).items() if isinstance(v, str)}
+        config.data.update_from_flattened_dict(dict.fromkeys(texts, "") | {"split": "train"})
+    return config
+
+
 def main(argv) -> None:
     """The command line."""
-    flags = FLAGS | distributed.FLAGS
-    args, config = cli.parse(argv, __doc__, flags, base=evaluate.saved_config)
+    args, config = cli.parse(argv, __doc__, FLAGS | distributed.FLAGS, base=saved_config)
     distributed.start(args)
     out = Path(args.out)
     if out.suffix != ".npz":
@@ -36,9 +44,7 @@ def main(argv) -> None:
         raise UserError(f"--out={out} cannot be written; its folder must exist")
     step_dir = checkpoint.find(args.checkpoint, args.step)
     objective, mesh, params, extras = model.restore(step_dir, config)
-    size = config.eval.batch_size or config.batch_size
-    sharding.check_batch(size, 1, mesh)
-    data = config.data.to_dict()
+    size, data = evaluate.batch_size(config, mesh), config.data.to_dict()
 
     def batches(split):
         return evaluate.split_batches(config, objective, mesh, data, size)
@@ -49,9 +55,13 @@ def main(argv) -> None:
     if found.labels is not None:
         arrays["labels"] = found.labels
     if jax.process_index() == 0:
-        with tempfile.NamedTemporaryFile(dir=out.parent, suffix=".npz", delete=False) as file:
-            np.savez(file, **arrays)
-        Path(file.name).replace(out)
+        temporary = out.with_name(f"{out.name}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+            temporary.replace(out)
+        finally:
+            temporary.unlink(missing_ok=True)
         log.info("%d vectors of width %d written to %s", *found.features.shape, out)
 
 

@@ -1,10 +1,9 @@
-"""Evaluation: `python -m bivl.evaluate --checkpoint=DIR [--config=FILE] [--config.a.b=v] [--out=DIR]`.
+"""`python -m bivl.evaluate --checkpoint=DIR [--config=FILE] [--config.a.b=v] [--out=DIR]`.
 
 Writes `evaluation.json` (flat name -> number), `evaluation.md` and `pictures/` to --out, by default
 the checkpoint's own folder. The same evaluators run inside training and in notebooks.
 """
 
-import importlib
 import json
 import logging
 from pathlib import Path
@@ -35,7 +34,7 @@ def data_of(config, split: str):
 
 
 def split_batches(config, objective, mesh, data, size: int):
-    """One pass over a data mapping: global device arrays for the model, numpy for label, id, mask."""
+    """One pass over a data mapping: global device arrays for the model, numpy label, id, mask."""
     source = sources.open_source(data)
     rows = sharding.local_rows(size, mesh)
     threads = config.loader.threads
@@ -46,16 +45,35 @@ def split_batches(config, objective, mesh, data, size: int):
         yield placed | {k: distributed.to_host(placed[k]) for k in HOST_KEYS if k in placed}
 
 
-def make_splits(config, objective, mesh) -> Splits:
-    """The train and test data of the evaluators; opened once here, so that mistakes show early."""
+def batch_size(config, mesh) -> int:
+    """eval.batch_size, else batch_size, rounded up to what divides over the devices."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-(config.eval.batch_size or config.batch_size) // devices) * devices
+
+
+def make_splits(config, objective, mesh, needs) -> Splits:
+    """The train and test data of the evaluators, which need the fields `needs`.
+
+    Opened once here, so that mistakes show before anything runs.
+    """
     opened = {split: sources.open_source(data_of(config, split)) for split in ("train", "test")}
-    size = config.eval.batch_size or config.batch_size
-    sharding.check_batch(size, 1, mesh)
+    for split, source in opened.items():
+        for field in sorted(needs - {ours for ours, *_ in source.fields}):
+            raise UserError(
+                f"the evaluators need a {field} but eval_data.{split} has none ({source.title}); "
+                f"set fields.{field} to the feature that holds it, or change config.evaluators"
+            )
+    size = batch_size(config, mesh)
 
     def batches(split):
         return split_batches(config, objective, mesh, data_of(config, split), size)
 
-    return Splits(batches, opened["train"].classes)
+    def examples(count):
+        options = {"seed": config.seed, "batch_size": count, "rows": range(count), "start": 0}
+        source = sources.open_source(config.data)
+        return next(iter(pipeline.train_batches(source, objective.train_ops, **options)))[0]
+
+    return Splits(batches, opened["train"].classes, examples)
 
 
 def make_predict(objective, mesh) -> dict:
@@ -77,16 +95,9 @@ def build(config, objective, mesh):
     """The evaluators that `config.evaluators` names, as one function (params, extras) -> dict."""
     if not config.evaluators:
         return lambda params, extras: {}
-    modules = []
-    for name in config.evaluators:
-        try:
-            modules.append(importlib.import_module(f"bivl.evaluators.{name}"))
-            modules[-1].make  # noqa: B018
-        except (ModuleNotFoundError, AttributeError, TypeError):
-            found = sorted(p.stem for p in (Path(__file__).parent / "evaluators").glob("[!_]*.py"))
-            known = [n for n in found if n != "features"]
-            raise UserError(f"config.evaluators has {name!r}; known are {known}") from None
-    predict, splits = make_predict(objective, mesh), make_splits(config, objective, mesh)
+    modules = [model.module("evaluators", name, "evaluators") for name in config.evaluators]
+    needs = {field for module in modules for field in getattr(module, "NEEDS", ())}
+    predict, splits = make_predict(objective, mesh), make_splits(config, objective, mesh, needs)
     runs = [
         module.make(predict, splits, config.eval.get(name))
         for name, module in zip(config.evaluators, modules, strict=True)
@@ -124,7 +135,7 @@ def write(results: dict, out: Path, title: str) -> dict[str, float]:
     return scalars
 
 
-def saved_config(args):
+def saved_config(args, keys):
     """The config saved with --checkpoint, on whatever devices there are."""
     config = checkpoint.read_config(checkpoint.find(args.checkpoint, args.step))
     config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
@@ -136,12 +147,14 @@ def main(argv) -> None:
     flags = FLAGS | distributed.FLAGS
     args, config = cli.parse(argv, __doc__, flags, base=saved_config)
     distributed.start(args)
+    out = Path(args.out or args.checkpoint)
+    if any(place.is_file() for place in (out, *out.absolute().parents)):
+        raise UserError(f"--out={out} lies in a file; name a folder")
     step_dir = checkpoint.find(args.checkpoint, args.step)
     objective, mesh, params, extras = model.restore(step_dir, config)
     evaluators = build(config, objective, mesh)
     results = evaluators(params, extras)
     if jax.process_index() == 0:
-        out = Path(args.out) if args.out else Path(args.checkpoint)
         scalars = write(results, out, f"{config.objective}, step {step_dir.name}")
         width = max(map(len, scalars), default=0)
         for name, value in scalars.items():

@@ -2,8 +2,8 @@
 
 import dataclasses
 import importlib
-import importlib.util
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,25 +11,38 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bivl.core import checkpoint, sharding
-from bivl.core.errors import UserError
+from bivl.core.config import choice
 from bivl.core.objective import Objective
+
+DTYPES = ("float32", "bfloat16", "float16")  # what layers may compute in
+
+
+def module(key: str, name: str, package: str, function: str = "make"):
+    """The module of bivl/PACKAGE/ that config.KEY names; UserError for any other name.
+
+    Such modules are told from their helpers by what every one of them has: the named function.
+    """
+    stems = [file.stem for file in (Path(__file__).parent / package).glob("[!_]*.py")]
+
+    def load(stem):
+        return importlib.import_module(f"bivl.{package}.{stem}")
+
+    if name not in stems or not hasattr(load(name), function):
+        choice(key, name, [stem for stem in stems if hasattr(load(stem), function)])
+    return load(name)
 
 
 def make_objective(config) -> Objective:
     """The objective module that `config.objective` names, made."""
-    for kind in ("objective", "modality"):
-        if not str(config.get(kind, "")).isidentifier():
-            raise UserError(f"config.{kind}={config.get(kind)!r} is not a module name")
-        package = "objectives" if kind == "objective" else "modalities"
-        if importlib.util.find_spec(f"bivl.{package}.{config[kind]}") is None:
-            raise UserError(
-                f"config.{kind}={config[kind]!r}: there is no bivl/{package}/ file of it"
-            )
-    return importlib.import_module(f"bivl.objectives.{config.objective}").make(config)
+    module("modality", config.modality, "modalities", "make_embed")
+    for key in ("dtype", "teacher_dtype"):
+        if key in config:
+            choice(key, config[key], DTYPES)
+    return module("objective", config.objective, "objectives").make(config)
 
 
 def restore(step_dir, config, devices=None):
-    """A step's folder -> objective, mesh, params, extras; the optimizer and teacher stay on disk."""
+    """A step's folder -> objective, mesh, params, extras; optimizer and teacher stay on disk."""
     objective = make_objective(config)
     mesh = sharding.make_mesh(config.mesh, devices)
     boxed = jax.eval_shape(lambda: objective.init(jax.random.key(0)))
@@ -60,8 +73,8 @@ class Model:
     def encode(self, batch, layers: bool = False) -> dict:
         """batch -> {tokens [B, L, D] after the final norm, special tokens included; pooled [B, D]}.
 
-        With `layers`, also `layers`: depth + 1 arrays [B, L, D], the input of block 0 and the output
-        of every block, before the final norm.
+        With `layers`, also `layers`: depth + 1 arrays [B, L, D], the input of block 0 and the
+        output of every block, before the final norm.
         """
         out = dict(self.predict["encode"](batch))
         if not layers:
@@ -79,7 +92,7 @@ class Model:
 def load(directory, step: int | None = None, dtype: str = "float32") -> Model:
     """Loads a workdir, its `checkpoints/`, or one step's folder, saved on any device count.
 
-    Computes in `dtype`, on the first device. Raises UserError where there is no readable checkpoint.
+    Computes in `dtype`, on the first device. UserError where there is no readable checkpoint.
     """
     step_dir = checkpoint.find(directory, step)
     config = checkpoint.read_config(step_dir)

@@ -4,8 +4,9 @@ Running the same command again resumes: batch n is a pure function of (config, s
 is in the state, so a run that was killed anywhere goes on as if it had not been.
 """
 
+import contextlib
 import dataclasses
-import json
+import importlib.util
 import logging
 import time
 from pathlib import Path
@@ -19,9 +20,9 @@ from jax.experimental import multihost_utils
 
 from bivl import evaluate, model
 from bivl.core import checkpoint, cli, collapse, distributed, flops, metrics, optimizer, sharding
-from bivl.core import config as configs
 from bivl.core import state as states
 from bivl.core import step as steps
+from bivl.core import workdir as workdirs
 from bivl.core.errors import GuardStop, Terminated, UserError
 from bivl.core.objective import Objective
 from bivl.data import pipeline, sources
@@ -59,6 +60,8 @@ class Program:
 
 def build(config, devices=None) -> Program:
     """Config -> program; nothing is allocated yet, and every mistake in sizes is found here."""
+    if config.log_every < 1:
+        raise UserError(f"config.log_every={config.log_every} must be at least 1")
     objective = model.make_objective(config)
     mesh = sharding.make_mesh(config.mesh, devices)
     o = config.optimizer
@@ -86,78 +89,100 @@ def open_batches(config, program: Program, start: int):
 
 
 def check_example(config, program: Program) -> None:
-    """One example through the pipeline: a wrong field or shape is found before anything is written."""
+    """One example through the pipeline: a wrong field or shape shows before anything is written."""
     source = sources.open_source(config.data)
     options = {"seed": config.seed, "batch_size": 1, "rows": range(1), "start": 0, "threads": 0}
     batch, _ = next(iter(pipeline.train_batches(source, program.objective.train_ops, **options)))
     for name, spec in program.objective.spec.items():
-        got = np.shape(batch.get(name))
+        got = np.shape(batch[name]) if name in batch else ()
         if name not in batch or got[1:] != spec.shape[1:]:
             raise UserError(f"data gives {name!r} of shape {got[1:]}, wanted {spec.shape[1:]}")
     log.info("data: %s", source.describe())
 
 
-def open_workdir(workdir: Path, config) -> None:
-    """Creates the folder with its config.json, or checks that it holds the same run."""
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is a file; name a folder")
-    saved = workdir / "config.json"
-    if saved.is_file():
-        try:
-            old = configs.from_dict(json.loads(saved.read_text()))
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{saved} cannot be read ({error}); use another --workdir") from error
-        configs.check_resume(old, config, workdir)
-    if jax.process_index() == 0:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            temporary = workdir / "config.json.tmp"
-            temporary.write_text(configs.to_json(config))
-            temporary.replace(saved)
-        except OSError as error:
-            raise UserError(f"--workdir={workdir} cannot be written: {error}") from error
+def find_init(config, program: Program, workdir: Path) -> Path | None:
+    """The checkpoint that a fresh run starts from, checked to fit; a resumed run needs none."""
+    if not config.init or checkpoint.numbered(workdir / "checkpoints"):
+        return None
+    step_dir = checkpoint.find(config.init)
+    checkpoint.matching(step_dir, program.abstract.params)
+    return step_dir
 
 
-def start_state(config, program: Program, checkpoints) -> states.State:
-    """Restored from the newest whole checkpoint; else created, from `config.init` if that is set."""
+def start_state(config, program: Program, checkpoints, init: Path | None):
+    """-> (state, whether it was restored): from the newest whole checkpoint, else created."""
     state = checkpoints.restore_newest(program.abstract)
     if state is not None:
         log.info("resumed at step %d", int(state.step))
-        return state
+        return state, True
     state = states.create(program.objective, program.tx, program.mesh, config.seed)
-    if config.init:
-        state = checkpoint.load_matching(checkpoint.find(config.init), state)
-    return state
+    return (checkpoint.load_matching(init, state) if init else state), False
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """An update that was started: `values` are its metrics, still on the devices."""
+
+    step: int
+    values: dict[str, jax.Array]
+    begin: float
+    wait: float
+    replaced: int
 
 
 class Loop:
-    """The loop's running parts, in the order of a step: evaluate, save, draw, update, read."""
+    """The loop's running parts, in the order of a step: evaluate, save, draw, update, read.
 
-    def __init__(self, config, program: Program, workdir: Path, checkpoints, evaluators):
+    The metrics of an update are read while the next one runs, but always before a stop, an
+    evaluation or a save, so that no checkpoint is ahead of its line in metrics.jsonl.
+    """
+
+    def __init__(self, config, program: Program, workdir: Path, checkpoints, state, evaluators):
         self.config, self.program, self.workdir = config, program, workdir
-        self.checkpoints, self.evaluators = checkpoints, evaluators
-        self.state = start_state(config, program, checkpoints)
-        self.first = int(self.state.step)
+        self.checkpoints, self.state, self.evaluators = checkpoints, state, evaluators
+        self.first = int(state.step)
+        self.evaluated = metrics.last_step(workdir / "evaluations.jsonl", self.first)
         self.guard = collapse.Guard(**config.guard)
         main = jax.process_index() == 0
         self.writer = metrics.Writer(workdir, self.first, config) if main else None
         self.progress = metrics.Progress(self.first, config.steps) if main else None
         self.peak = metrics.peak_flops(jax.devices()[0].device_kind)
-        self.flops = program.flops() / jax.device_count()
         self.timings, self.replaced = metrics.Timings.empty(), 0
-        begin = time.monotonic()
-        self.step = program.compile()
-        log.info("compiled in %.1f s, %.3g FLOPs an update", time.monotonic() - begin, self.flops)
+        self.pending: Update | None = None
+        self.last_read = 0.0
 
-    def read(self, step: int, values, seconds: float, wait: float) -> None:
-        """Reads the metrics of update `step` (this waits for it), logs them, asks the guard."""
-        values = {name: float(value) for name, value in jax.device_get(values).items()}
+    def compile(self):
+        """The compiled step."""
+        self.flops = self.program.flops() / jax.device_count()
+        begin = time.monotonic()
+        step = self.program.compile()
+        log.info("compiled in %.1f s, %.3g FLOPs an update", time.monotonic() - begin, self.flops)
+        return step
+
+    def record(self, update: Update) -> dict[str, float]:
+        """Reads the metrics of an update (this waits for it) and logs them when due."""
+        values = {name: float(value) for name, value in jax.device_get(update.values).items()}
+        now = time.monotonic()
+        seconds, self.last_read = now - max(update.begin, self.last_read), now
         self.timings = self.timings.merge(
-            metrics.Timings.single_from_model_output(step_seconds=seconds, data_wait_seconds=wait)
+            metrics.Timings.single_from_model_output(
+                step_seconds=seconds, data_wait_seconds=update.wait
+            )
         )
-        if step % self.config.log_every == 0 or step == self.config.steps:
-            self.log(step, values)
-        self.guard.check(step, values)
+        self.replaced += update.replaced
+        if update.step % self.config.log_every == 0 or update.step == self.config.steps:
+            self.log(update.step, dict(values))
+        return values
+
+    def read(self, update: Update | None) -> None:
+        """Records an update, if there is one, and asks the guard."""
+        if update:
+            self.guard.check(update.step, self.record(update))
+
+    def settle(self) -> None:
+        """Reads the update that has not been read yet."""
+        update, self.pending = self.pending, None
+        self.read(update)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics."""
@@ -171,15 +196,19 @@ class Loop:
             self.writer.scalars(step, values)
             self.progress.show(step, values)
 
-    def evaluate(self, step: int) -> None:
-        """Runs the evaluators; floats become scalars, arrays pictures."""
-        results = self.evaluators(self.state.params, self.state.extras)
+    def evaluate(self, step: int, term: cli.Termination) -> None:
+        """Runs the evaluators; floats become scalars, arrays pictures. Once for each step."""
+        if step <= self.evaluated:
+            return
+        with term.interruptible():
+            results = self.evaluators(self.state.params, self.state.extras)
+        self.evaluated = step
         if not self.writer or not results:
             return
         scalars = {k: v for k, v in results.items() if not isinstance(v, np.ndarray)}
-        self.writer.scalars(step, scalars, "evaluations")
         for name in results.keys() - scalars.keys():
             self.writer.picture(step, name, results[name])
+        self.writer.scalars(step, scalars, "evaluations")
         log.info("evaluation at step %d: %s", step, evaluate.summary(scalars))
 
     def stop_requested(self, step: int, term: cli.Termination) -> bool:
@@ -188,36 +217,62 @@ class Loop:
             return term.requested
         return multihost_utils.reached_preemption_sync_point(step)
 
-    def run(self, term: cli.Termination) -> None:
+    def between(self, done: int, term: cli.Termination) -> None:
+        """What is due after `done` updates: stop, evaluate, save."""
+        c = self.config
+        stop = self.stop_requested(done + 1, term)
+        evaluate = done and c.evaluate_every and done % c.evaluate_every == 0
+        save = done and c.checkpoint.every and done % c.checkpoint.every == 0
+        if stop or evaluate or save:
+            self.settle()
+        if stop:
+            raise Terminated
+        if evaluate:
+            self.evaluate(done, term)
+        if save:
+            self.checkpoints.save(done, self.state, c)
+
+    def updates(self, term: cli.Termination) -> None:
         """All updates from the restored step to `config.steps`."""
-        c, pending = self.config, None
-        batches = open_batches(c, self.program, self.first)
-        for n in range(self.first + 1, c.steps + 1):
-            done = n - 1
-            if self.stop_requested(n, term):
-                raise Terminated(f"SIGTERM: saved at step {done}; the same command resumes")
-            if done > self.first and c.evaluate_every and done % c.evaluate_every == 0:
-                with term.interruptible():
-                    self.evaluate(done)
-            if done > self.first and c.checkpoint.every and done % c.checkpoint.every == 0:
-                self.checkpoints.save(done, self.state, c)
-            begin = time.monotonic()
-            batch, replaced = next(batches)
-            wait = time.monotonic() - begin
-            self.replaced += replaced
-            batch = sharding.to_global(batch, self.program.mesh, c.batch_size)
-            self.state, values = self.step(self.state, batch, np.int32(n))
-            if pending:
-                self.read(*pending)
-            pending = (n, values, time.monotonic() - begin, wait)
-        if pending:
-            begin = time.monotonic()
-            n, values, seconds, wait = jax.block_until_ready(pending)
-            self.read(n, values, seconds + time.monotonic() - begin, wait)
+        c, compiled = self.config, self.compile()
+        with contextlib.closing(open_batches(c, self.program, self.first)) as batches:
+            for n in range(self.first + 1, c.steps + 1):
+                self.between(n - 1, term)
+                begin = time.monotonic()
+                batch, replaced = next(batches)
+                wait = time.monotonic() - begin
+                batch = sharding.to_global(batch, self.program.mesh, c.batch_size)
+                self.state, values = compiled(self.state, batch, np.int32(n))
+                update, self.pending = self.pending, Update(n, values, begin, wait, replaced)
+                self.read(update)
+            self.settle()
+
+    def run(self, term: cli.Termination) -> None:
+        """Trains, saves and evaluates; saves too before GuardStop or Terminated leave it."""
+        try:
+            if self.first < self.config.steps:
+                self.updates(term)
+            step = self.save()
+            self.evaluate(step, term)
+        except GuardStop:
+            self.save()
+            raise
+        except Terminated:
+            step = self.save()
+            message = f"SIGTERM: saved at step {step}; the same command resumes"
+            raise Terminated(message) from None
+
+    def save(self) -> int:
+        """Waits for the state, with its line of metrics, to be on disk; returns its step."""
+        step, update = int(self.state.step), self.pending
+        if update and update.step <= step:  # not one that was refused
+            self.pending = None
+            self.record(update)
+        self.checkpoints.save(step, self.state, self.config, wait=True)
+        return step
 
     def close(self) -> None:
-        """Waits for saves and closes files."""
-        self.checkpoints.close()
+        """Closes files."""
         if self.writer:
             self.writer.close()
             self.progress.close()
@@ -228,33 +283,29 @@ def train(config, workdir) -> states.State:
 
     Raises UserError before anything is written, GuardStop or Terminated after saving.
     """
-    workdir = Path(workdir).expanduser().resolve()
+    workdir = workdirs.find(workdir)
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"config.wandb={config.wandb!r} needs wandb: install it, or leave it empty")
     program = build(config)
-    with sharding.use(program.mesh):
+    with sharding.use(program.mesh), contextlib.ExitStack() as stack:
         check_example(config, program)
         evaluators = evaluate.build(config, program.objective, program.mesh)
-        init = checkpoint.find(config.init) if config.init else None
-        if init:
-            checkpoint.read_config(init)
-        open_workdir(workdir, config)
+        init = find_init(config, program, workdir)
+        workdirs.claim(workdir, config)
         log.info("mesh %s\n%s", dict(program.mesh.shape), table(program))
         checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-        loop = Loop(config, program, workdir, checkpoints, evaluators)
-        if loop.first >= config.steps and loop.first:
-            log.info("nothing to do: %s is at step %d of %d", workdir, loop.first, config.steps)
+        stack.callback(checkpoints.close)
+        state, restored = start_state(config, program, checkpoints, init)
+        step = int(state.step)
+        evaluated = metrics.last_step(workdir / "evaluations.jsonl", step)
+        if restored and step >= config.steps and (evaluated == step or not config.evaluators):
+            log.info("nothing to do: %s is at step %d of %d", workdir, step, config.steps)
+            return state
+        loop = Loop(config, program, workdir, checkpoints, state, evaluators)
+        stack.callback(loop.close)
         term = cli.Termination(jax.process_count() == 1)
-        try:
-            loop.run(term)
-            checkpoints.save(config.steps, loop.state, config, wait=True)
-            with term.interruptible():
-                if loop.first < config.steps or not config.steps:
-                    loop.evaluate(config.steps)
-        except (GuardStop, Terminated):
-            checkpoints.save(int(loop.state.step), loop.state, config, wait=True)
-            raise
-        finally:
-            term.close()
-            loop.close()
+        stack.callback(term.close)
+        loop.run(term)
     return loop.state
 
 

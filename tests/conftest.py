@@ -1,9 +1,16 @@
 """Eight forced host devices, one thread pool, parsed absl flags: set before jax starts."""
 
 import os
+from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Nearly all time of these tests is compile time: level 0 halves it, and the cache lets workers of
+# pytest, programs that tests start and the next run share what is compiled.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{Path(__file__).parents[1]}/.pytest_cache/compiled"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
 import pytest
@@ -16,19 +23,26 @@ jax.config.update("jax_numpy_rank_promotion", "allow")
 @pytest.fixture
 def tiny_config():
     """A data2vec image config small enough to compile in a second or two."""
-    from bivl.core import config as configs
+    import runs
 
-    config = configs.load("configs/pretrain/data2vec_image.py:smoke")
-    small = {
-        "image_size": "32",
-        "model.width": "32",
-        "model.depth": "3",
-        "model.num_heads": "2",
-        "model.mlp_dim": "128",
-        "data.image_size": "32",
-        "batch_size": "8",
-        "evaluators": "",
-        "steps": "4",
+    return runs.tiny()
+
+
+@pytest.fixture(scope="module")
+def quick_compile(tmp_path_factory):
+    """Compiles with few optimizations, and every program once for all tests of a module."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    options = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
-    configs.override(config, list(small.items()))
-    return config
+    old = {name: jax.config.values[name] for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in old.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

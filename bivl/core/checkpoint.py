@@ -6,11 +6,16 @@ model. Nothing here unpickles: arrays are TensorStore, everything else is JSON.
 
 import json
 import logging
+import shutil
 import warnings
 from pathlib import Path
+from urllib.parse import unquote
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+from jax.experimental import multihost_utils
 
 from bivl.core import config as configs
 from bivl.core.errors import UserError
@@ -21,9 +26,37 @@ warnings.filterwarnings("ignore", message="Sharding info not provided when resto
 PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "config/metadata")
 
 
+class Unreadable(UserError):
+    """A checkpoint that is torn or damaged; another one may do."""
+
+
+def _extents(folder: Path):
+    """(file, bytes it needs) of every node and value that a saved state's newest tree points to."""
+    store = ts.KvStore.open({"driver": "file", "path": f"{folder}/"}).result()
+    root = ts.ocdbt.dump(store).result()["versions"][-1]["root"]
+    locations = [root["location"]] if "location" in root else []
+    while locations:
+        location = locations.pop()
+        kind, base, name, start, size = location.split(":")
+        yield folder / unquote(base) / unquote(name), int(start) + int(size)
+        if kind == "btreenode":
+            entries = ts.ocdbt.dump(store, location).result()["entries"]
+            links = (e.get("location") or e.get("indirect_value") for e in entries)
+            locations += [link for link in links if link]
+
+
 def is_whole(step_dir: Path) -> bool:
-    """Whether a step's folder has all that a finished save writes."""
-    return all((step_dir / part).is_file() for part in PARTS)
+    """Whether a step's folder has all that a finished save writes; reads no array."""
+    if not all((step_dir / part).is_file() for part in PARTS):
+        return False
+    try:
+        json.loads((step_dir / "state" / "_METADATA").read_text())
+        needed: dict[Path, int] = {}
+        for file, size in _extents(step_dir / "state"):
+            needed[file] = max(size, needed.get(file, 0))
+        return all(file.stat().st_size >= size for file, size in needed.items())
+    except (OSError, ValueError, KeyError, IndexError):
+        return False
 
 
 def numbered(directory: Path) -> list[int]:
@@ -34,7 +67,7 @@ def numbered(directory: Path) -> list[int]:
 
 
 def find(directory, step: int | None = None) -> Path:
-    """A workdir, its `checkpoints/`, or one step's folder -> the folder of `step` (newest whole)."""
+    """A workdir, its `checkpoints/` or one step's folder -> the folder of `step` (newest whole)."""
     root = Path(directory).resolve()
     if not root.exists():
         raise UserError(f"checkpoint {directory} does not exist; pass a workdir or a step's folder")
@@ -56,9 +89,13 @@ def find(directory, step: int | None = None) -> Path:
 def read_config(step_dir: Path):
     """The config saved with a step."""
     try:
-        return configs.from_dict(json.loads((step_dir / "config" / "metadata").read_text()))
+        config = configs.from_dict(json.loads((step_dir / "config" / "metadata").read_text()))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"the config saved in {step_dir} cannot be read: {error}") from error
+        raise UserError(
+            f"the config saved in {step_dir} cannot be read ({error}); pass another checkpoint"
+        ) from error
+    configs.check_complete(config, f"the config saved in {step_dir}")
+    return config
 
 
 def _names(tree) -> dict[str, object]:
@@ -69,10 +106,10 @@ def _names(tree) -> dict[str, object]:
 def saved_shapes(step_dir: Path) -> dict[str, tuple]:
     """Path -> shape of every array of a saved state."""
     try:
-        with ocp.PyTreeCheckpointer() as reader:
-            tree = reader.metadata(step_dir / "state").item_metadata.tree
+        # The handler, because a checkpointer warns that `state` alone is no whole checkpoint.
+        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(step_dir / "state")).tree
     except Exception as error:
-        raise UserError(f"checkpoint {step_dir} cannot be read: {_line(error)}") from error
+        raise Unreadable(f"checkpoint {step_dir} cannot be read: {_line(error)}") from error
     return {name: tuple(leaf.shape) for name, leaf in _names(tree).items()}
 
 
@@ -104,6 +141,15 @@ def restore_part(step_dir: Path, wanted: dict):
         raise UserError(f"checkpoint {step_dir} cannot be read: {_line(error)}") from error
 
 
+def matching(step_dir: Path, params) -> list[str]:
+    """Paths of `params` that a checkpoint has in the same shape; UserError where there is none."""
+    saved = saved_shapes(step_dir)
+    found = [k for k, x in _names(params).items() if saved.get(f"params/{k}") == tuple(x.shape)]
+    if not found:
+        raise UserError(f"no parameter of checkpoint {step_dir} fits this model; check config.init")
+    return found
+
+
 def load_matching(step_dir: Path, state: State) -> State:
     """Fine-tuning's start: params that match by path and shape replace those of `state`.
 
@@ -111,15 +157,10 @@ def load_matching(step_dir: Path, state: State) -> State:
     its own first teacher). Logs what was loaded, what was not, and what the checkpoint has besides;
     UserError when nothing matches.
     """
-    saved = saved_shapes(step_dir)
-    flat, structure = jax.tree_util.tree_flatten_with_path(state.params)
-    keys = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
-    own = dict(zip(keys, (leaf for _, leaf in flat), strict=True))
-    match = [k for k in keys if saved.get(f"params/{k}") == own[k].shape]
-    if not match:
-        raise UserError(f"no parameter of checkpoint {step_dir} fits this model; check config.init")
+    saved, own = saved_shapes(step_dir), _names(state.params)
+    keys, structure = list(own), jax.tree.structure(state.params)
     wanted: dict = {}
-    for key in match:
+    for key in matching(step_dir, state.params):
         node = wanted
         *parents, last = key.split("/")
         for parent in parents:
@@ -129,7 +170,7 @@ def load_matching(step_dir: Path, state: State) -> State:
     loaded = _names(restore_part(step_dir, {"params": wanted})["params"])
     for key in (k for k in keys if k not in loaded):
         shape = saved.get(f"params/{key}")
-        why = f"the checkpoint has shape {shape}" if shape else "not in the checkpoint"
+        why = "not in the checkpoint" if shape is None else f"the checkpoint has shape {shape}"
         log.info("init: %s keeps its own values (%s)", key, why)
     unused = sorted(k for k in saved if k.startswith("params/") and k[7:] not in own)
     log.info("init: %d of %d arrays loaded from %s", len(loaded), len(keys), step_dir)
@@ -157,7 +198,7 @@ class Checkpoints:
 
     def save(self, step: int, state: State, config, wait: bool = False) -> None:
         """Starts a save (finished before return with `wait`); a step on disk is not saved again."""
-        if step not in self._manager.all_steps() or not is_whole(self.directory / str(step)):
+        if step not in self._manager.all_steps():
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config.to_dict())
             )
@@ -168,26 +209,49 @@ class Checkpoints:
     def restore_newest(self, abstract: State) -> State | None:
         """The newest checkpoint that can be read, on `abstract`'s devices; None if there is none.
 
-        Torn ones are passed over with a warning and removed, so that their number can be saved
-        again. UserError when there are some but none can be read, or they hold another model.
+        Torn ones are passed over with a warning and, once an older one is read, set aside, so that
+        their number can be saved again. UserError when there are some but none can be read, or
+        they hold another model.
         """
         steps = numbered(self.directory)
-        for step in steps:
-            step_dir = self.directory / str(step)
-            if is_whole(step_dir):
-                check_shapes(step_dir, abstract, "")
-                try:
-                    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-                    return self._manager.restore(step, args=args).state
-                except Exception as error:
-                    log.warning("checkpoint %s cannot be read (%s)", step_dir, _line(error))
-            log.warning("checkpoint %s is torn; trying the one before", step_dir)
+        for i, step in enumerate(steps):
+            try:
+                state = self._restore(step, abstract)
+            except Unreadable as error:
+                log.warning("%s; passed over for the one before", error)
+                continue
+            self._set_aside(steps[:i])
+            return state
         if steps:
             raise UserError(
                 f"none of the checkpoints {steps} in {self.directory} can be read; "
                 "restore one from a copy, or start in another --workdir"
             )
         return None
+
+    def _restore(self, step: int, abstract: State) -> State:
+        step_dir = self.directory / str(step)
+        if not is_whole(step_dir):
+            raise Unreadable(f"checkpoint {step_dir} is unfinished")
+        check_shapes(step_dir, abstract, "")
+        try:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            return self._manager.restore(step, args=args).state
+        except Exception as error:
+            raise Unreadable(f"checkpoint {step_dir} cannot be read: {_line(error)}") from error
+
+    def _set_aside(self, torn: list[int]) -> None:
+        """Renames N to N.torn: as a step it would block its number and push out whole ones."""
+        if not torn:
+            return
+        if jax.process_index() == 0:
+            for step in torn:
+                aside = self.directory / f"{step}.torn"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / str(step)).rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("torn checkpoints are set aside")
+        self._manager.reload()
 
     def close(self) -> None:
         """Waits for a running save."""

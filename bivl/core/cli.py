@@ -23,7 +23,8 @@ def parse(argv, description: str, flags: dict[str, dict], base=None):
     """-> (namespace, config or None). `flags` maps names to argparse keywords.
 
     `--config=FILE.py:options` loads a config and `--config.a.b=value` overrides it. Without
-    --config the overrides apply to `base(namespace)`, the config saved with a checkpoint, say.
+    --config the overrides apply to `base(namespace, keys)`, the config saved with a checkpoint,
+    say; `keys` are the dotted keys that will be overridden.
     """
     parser = _Parser(description=description, allow_abbrev=False)
     for name, keywords in flags.items():
@@ -31,24 +32,32 @@ def parse(argv, description: str, flags: dict[str, dict], base=None):
     parser.add_argument("--config", metavar="FILE.py:options", help="recipe under configs/")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args, rest = parser.parse_known_args(argv)
-    assignments = []
-    rest = iter(rest)
-    for word in rest:
-        name, equals, value = word.partition("=")
-        if not name.startswith("--config."):
-            known = [f"--{n.lstrip('-')}" for n in (*flags, "config", "debug", "config.KEY")]
-            close = difflib.get_close_matches(name, known, 1)
-            cure = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-            raise UserError(f"flag {name} is unknown; {cure}")
-        assignments.append((name.removeprefix("--config."), value if equals else next(rest, "")))
+    assignments = _assignments(rest, [*flags, "--config", "--debug", "--config.KEY"])
     if args.config:
         config = configs.load(args.config)
     elif base is not None:
-        config = base(args)
+        config = base(args, [key for key, _ in assignments])
     else:
         raise UserError("--config is missing; pass --config=configs/....py")
     configs.override(config, assignments)
     return args, config
+
+
+def _assignments(words, known: list[str]) -> list[tuple[str, str]]:
+    """Words that argparse left -> (KEY, TEXT) of each --config.KEY=TEXT or --config.KEY TEXT."""
+    found, words = [], iter(words)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not name.startswith("--config."):
+            close = difflib.get_close_matches(name, known, 1)
+            cure = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            raise UserError(f"flag {name} is unknown; {cure}")
+        if not equals:
+            value = next(words, "--")
+            if value.startswith("--"):
+                raise UserError(f"flag {name} has no value; write {name}=VALUE")
+        found.append((name.removeprefix("--config."), value))
+    return found
 
 
 def run(main, argv=None) -> None:
@@ -65,7 +74,7 @@ def run(main, argv=None) -> None:
             traceback.print_exc()
         line = " ".join(str(error).split()) or "interrupted"
         print(f"error: {line}" if isinstance(error, UserError) else line, file=sys.stderr)
-        sys.exit(codes[type(error)])
+        sys.exit(next(code for kind, code in codes.items() if isinstance(error, kind)))
     except Exception as error:
         traceback.print_exc()
         print(f"failed: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -52,8 +52,8 @@ class Guard:
 
     def check(self, step: int, metrics: dict[str, float]) -> None:
         """Raises GuardStop with advice. `metrics` are those of update `step`."""
-        for name in ("loss", "grad_norm"):
-            if not abs(metrics[name]) < float("inf"):
+        for name in ("loss", "grad_norm", "param_norm"):
+            if not abs(metrics.get(name, 0.0)) < float("inf"):
                 raise GuardStop(
                     f"{name} is {metrics[name]} at step {step}; the update was refused. Lower "
                     "config.optimizer.learning_rate, lengthen warmup_steps, set clip_norm, or use "
@@ -65,10 +65,10 @@ class Guard:
             if name in metrics and metrics[name] < (bound := getattr(self, name))
         ]
         self._low = self._low + 1 if low and step > self.after else 0
-        if self._low >= self.patience:
+        if self._low >= max(self.patience, 1):
             name, value, bound = low[0]
             raise GuardStop(
-                f"{name} {value:.4g} stayed below {bound} until step {step}: the representation has "
-                "collapsed. Lower config.optimizer.learning_rate, raise ema_decay_start, lengthen "
-                f"warmup_steps or normalise targets; guard.{name}=0 switches this off"
+                f"{name} {value:.4g} stayed below {bound} until step {step}: the representation "
+                "has collapsed. Lower config.optimizer.learning_rate, raise ema_decay_start, "
+                f"lengthen warmup_steps or normalise targets; guard.{name}=0 switches this off"
             )

@@ -31,10 +31,54 @@ def load(spec: str) -> ConfigDict:
         config = module.get_config(options or None)
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"config {spec}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        name = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise UserError(f"config {spec}: {name}{error}; correct the file or its options") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"config {spec}: get_config must return a ConfigDict")
+    check_complete(config, f"config {spec}")
     config.lock()
     return config
+
+
+def check_complete(config: ConfigDict, what: str) -> None:
+    """UserError unless a config has the groups and names that every program reads."""
+    for key in ("objective", "modality", "model", "data", "mesh", "eval"):
+        if key not in config:
+            raise UserError(f"{what} has no key {key!r}; configs start from configs.common.base()")
+
+
+def choice(name: str, value, known):
+    """`value`, that of config.NAME, if it is one of `known`; else UserError."""
+    if value not in known:
+        raise UserError(f"config.{name}={value!r} is unknown; use one of {sorted(known)}")
+    return value
+
+
+def _literal(text: str):
+    """Text -> the Python value it spells, or itself where it spells none."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def _tuple(value) -> tuple:
+    """`a,b` or `(1, 2)` or one value -> a tuple."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _number(value) -> float | None:
+    """A number, 1e3 and nan included, or None for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return value if isinstance(value, int) else number
 
 
 def _parse(name: str, text: str, old):
@@ -49,29 +93,22 @@ def _parse(name: str, text: str, old):
         if text.lower() not in ("true", "false", "1", "0"):
             raise refuse("true or false")
         return text.lower() in ("true", "1")
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
+    value = _literal(text)
     if isinstance(old, tuple):
-        if isinstance(value, str):
-            value = tuple(part.strip() for part in value.split(",") if part.strip())
-        value = tuple(value) if isinstance(value, list | tuple) else (value,)
-        if old and value and isinstance(old[0], str) != isinstance(value[0], str):
+        value = _tuple(value)
+        if old and any(isinstance(item, str) != isinstance(old[0], str) for item in value):
             raise refuse("a tuple of the same kind")
         return value
     if old is None:
         return value
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise refuse("a number") from None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    value = _number(value)
+    if value is None:
         raise refuse("a number")
-    if isinstance(old, int) and value != int(value) if math.isfinite(value) else False:
+    if not isinstance(old, int) or not math.isfinite(value):
+        return float(value)
+    if value != int(value):
         raise refuse("a whole number")
-    return int(value) if isinstance(old, int) and math.isfinite(value) else float(value)
+    return int(value)
 
 
 def override(config: ConfigDict, assignments: list[tuple[str, str]]) -> None:
@@ -80,8 +117,10 @@ def override(config: ConfigDict, assignments: list[tuple[str, str]]) -> None:
         *parents, last = name.split(".")
         node, seen = config, "config"
         for key in (*parents, last):
-            if not isinstance(node, ConfigDict) or key not in node:
-                names = list(node.keys()) if isinstance(node, ConfigDict) else []
+            if not isinstance(node, ConfigDict):
+                raise UserError(f"{seen} is one value and has no key {key!r}; set {seen} itself")
+            if key not in node:
+                names = list(node.keys())
                 close = difflib.get_close_matches(key, names, 1)
                 cure = f"did you mean {seen}.{close[0]}?" if close else f"it has {sorted(names)}"
                 raise UserError(f"{seen} has no key {key!r}; {cure}")
@@ -105,13 +144,15 @@ def flatten(config, prefix: str = "") -> dict:
 
 
 def check_numbers(config) -> None:
-    """Every number is finite, and none but a mesh size is negative."""
+    """Every number is finite, none but a mesh size is negative, and whole ones fit 31 bits."""
     for name, value in flatten(config).items():
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not isinstance(number, bool):
                 low = -1 if name.startswith("mesh.") else 0
                 if not math.isfinite(number) or number < low:
                     raise UserError(f"config.{name}={number} must be a finite number >= {low}")
+                if isinstance(number, int) and number >= 2**31:  # devices count in int32
+                    raise UserError(f"config.{name}={number} is too large; keep it below 2**31")
 
 
 def to_json(config: ConfigDict) -> str:

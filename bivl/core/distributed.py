@@ -37,6 +37,8 @@ def start(args) -> None:
         raise UserError("pass --coordinator, --num_processes and --process_id together, or none")
     elif not 0 <= args.process_id < args.num_processes:
         raise UserError(f"--process_id={args.process_id} must lie in [0, {args.num_processes})")
+    elif not args.coordinator.rpartition(":")[2].isdecimal():
+        raise UserError(f"--coordinator={args.coordinator} must be HOST:PORT")
     elif args.num_processes > 1:
         jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     if jax.process_count() > 1:

@@ -26,9 +26,10 @@ def update_rate(start: float, end: float, anneal_steps: int) -> Callable[[jax.Ar
 def track(teacher, params, rate: jax.Array, copied: Callable[[tuple], bool] = lambda path: False):
     """One EMA step, T <- T + rate * (S - T), in float32.
 
-    The form with the difference, unlike tau * T + (1 - tau) * S, does not drift when tau and 1 - tau
-    are rounded apart. `teacher` may hold a part of the tree of `params`. Leaves for whose key path
-    `copied` is true are taken over verbatim. A rate of exactly 0 freezes the teacher, copies included.
+    The form with the difference, unlike tau * T + (1 - tau) * S, does not drift when tau and
+    1 - tau are rounded apart. `teacher` may hold a part of the tree of `params`. Leaves for whose
+    key path `copied` is true are taken over verbatim. A rate of exactly 0 freezes the teacher,
+    copies included.
     """
 
     def leaf(path, old):

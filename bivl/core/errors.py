@@ -6,7 +6,7 @@ class UserError(Exception):
 
 
 class GuardStop(Exception):
-    """A guard stopped the run (exit code 3): non-finite loss or collapsed targets. State is saved."""
+    """A guard stopped the run (exit code 3): non-finite loss, collapsed targets. State is saved."""
 
 
 class Terminated(Exception):

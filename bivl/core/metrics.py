@@ -1,5 +1,6 @@
 """Where numbers go: JSON lines, TensorBoard events, W&B, and the progress on the screen."""
 
+import contextlib
 import json
 import logging
 import sys
@@ -18,8 +19,8 @@ log = logging.getLogger("bivl")
 class Timings(clu_metrics.Collection):
     """Means over the updates since the last line."""
 
-    step_seconds: clu_metrics.Average.from_output("step_seconds")
-    data_wait_seconds: clu_metrics.Average.from_output("data_wait_seconds")
+    step_seconds: clu_metrics.Average.from_output("step_seconds")  # pyright: ignore
+    data_wait_seconds: clu_metrics.Average.from_output("data_wait_seconds")  # pyright: ignore
 
 
 def cut(path: Path, step: int) -> None:
@@ -36,6 +37,15 @@ def cut(path: Path, step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     temporary.replace(path)
+
+
+def last_step(path: Path, limit: int) -> int:
+    """The last step up to `limit` that has a line in `path`; -1 where there is none."""
+    steps = [-1]
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            steps.append(json.loads(line)["step"])
+    return max(step for step in steps if step <= limit)
 
 
 class Writer:
@@ -118,7 +128,7 @@ class Progress:
             self._bar.close()
 
 
-# Peak dense bfloat16 FLOP/s of one device, by the start of its `device_kind` (vendors' data sheets).
+# Peak dense bfloat16 FLOP/s of a device, by the start of its `device_kind` (vendors' data sheets).
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,

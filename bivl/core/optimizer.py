@@ -1,4 +1,4 @@
-"""AdamW with clipping, weight-decay mask, schedules and layer-wise learning-rate decay, on optax."""
+"""AdamW with clipping, weight-decay mask, schedules and layer-wise rate decay, on optax."""
 
 import re
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bivl.core.config import choice
 from bivl.core.errors import UserError
 
 
@@ -21,7 +22,7 @@ def cosine(config, steps: int):
 
 
 def polynomial(config, steps: int):
-    """Linear warm-up from 0, then linear decay to `end_learning_rate` (fairseq polynomial_decay)."""
+    """Linear warm-up from 0, linear decay to `end_learning_rate` (fairseq polynomial_decay)."""
     peak, warmup = config.learning_rate, config.warmup_steps
     up = optax.linear_schedule(0.0, peak, warmup)
     down = optax.linear_schedule(peak, config.end_learning_rate, max(steps - warmup, 1))
@@ -59,9 +60,11 @@ SCHEDULES = {f.__name__: f for f in (cosine, polynomial, tri_stage, constant)}
 
 def make_schedule(config, steps: int):
     """`config.optimizer` -> function from finished updates to the next update's learning rate."""
-    if config.schedule not in SCHEDULES:
+    choice("optimizer.schedule", config.schedule, SCHEDULES)
+    if len(config.phases) != 3 or sum(config.phases) > 1 + 1e-6 or not config.final_scale:
         raise UserError(
-            f"config.optimizer.schedule={config.schedule!r} is unknown; use one of {sorted(SCHEDULES)}"
+            f"config.optimizer.phases={config.phases} must be three shares of 1 (warm-up, hold, "
+            f"decay), and final_scale={config.final_scale} positive"
         )
     return SCHEDULES[config.schedule](config, steps)
 
@@ -77,7 +80,7 @@ def decay_mask(params, exclude: str):
 
 
 def layer_scales(params, decay: float):
-    """Learning-rate factors decay^(N + 1 - id) for a tree whose `blocks` leaves are stacked [N, ...].
+    """Rate factors decay^(N + 1 - id) for a tree whose `blocks` leaves are stacked [N, ...].
 
     id 0: everything under `embed` but a shared bias table; i + 1: block i; N + 1: the rest (norm,
     head, bias table), as in BEiT's `optim_factory.py`. Returns a tree of arrays that broadcast.
@@ -111,6 +114,15 @@ def make_optimizer(config, schedule) -> optax.GradientTransformation:
 
     Decoupled decay is lr * weight_decay * p, as in torch.optim.AdamW and fairseq's "adam".
     """
+    for key in ("beta1", "beta2"):
+        if not config[key] < 1:
+            raise UserError(f"config.optimizer.{key}={config[key]} must lie in [0, 1)")
+    try:
+        re.compile(config.no_decay)
+    except re.error as error:
+        raise UserError(
+            f"config.optimizer.no_decay={config.no_decay!r} is no regex ({error}); correct it"
+        ) from error
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts.append(optax.scale_by_adam(config.beta1, config.beta2, config.eps))
     if config.weight_decay:

@@ -73,8 +73,8 @@ def resolve(axes: tuple, shape: tuple, mesh: Mesh, name: str) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
-def tree_shardings(boxed, mesh: Mesh):
-    """Boxed abstract tree (`nn.LogicallyPartitioned` leaves) -> unboxed tree of NamedShardings."""
+def tree_shardings(parts: tuple, mesh: Mesh) -> tuple:
+    """Boxed abstract (params, teacher, extras) -> the same trees, unboxed, of NamedShardings."""
 
     def leaf(path, value):
         if isinstance(value, nn.LogicallyPartitioned):
@@ -84,7 +84,9 @@ def tree_shardings(boxed, mesh: Mesh):
         return NamedSharding(mesh, PartitionSpec())
 
     is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(leaf, boxed, is_leaf=is_box)
+    named = dict(zip(("params", "teacher", "extras"), parts, strict=True))  # names for messages
+    placed = jax.tree_util.tree_map_with_path(leaf, named, is_leaf=is_box)
+    return tuple(placed[name] for name in named)
 
 
 def table(shardings, abstract) -> str:
@@ -106,12 +108,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(dict(RULES)["batch"]))
 
 
-def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh, key: str = "batch_size") -> None:
     """UserError unless every device gets the same whole number of examples in each micro-batch."""
+    if accumulate < 1:
+        raise UserError(f"config.optimizer.accumulate={accumulate} must be at least 1")
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
-    if batch_size < 1 or accumulate < 1 or batch_size % parts:
+    if batch_size < 1 or batch_size % parts:
         raise UserError(
-            f"config.batch_size={batch_size} is not a multiple of {parts} (mesh.data x mesh.fsdp x "
+            f"config.{key}={batch_size} is not a multiple of {parts} (mesh.data x mesh.fsdp x "
             f"optimizer.accumulate); use {max(1, round(batch_size / parts)) * parts}"
         )
 

@@ -57,9 +57,9 @@ def train_step(
 ):
     """Update number `n` (1-based). Returns the new state and a dict of float32 scalars.
 
-    An update whose loss or gradient is not finite, or that is not the next one for this state, is
-    refused: the state comes back as it was. So the loop may read metrics one step late and still
-    save a sound state when a guard stops it.
+    An update whose loss, gradient or parameters are not finite, or that is not the next one for
+    this state, is refused: the state comes back as it was. So the loop may read metrics one step
+    late and still save a sound state when a guard stops it.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     aux, grads = _accumulated(objective, state, batch, key, accumulate)
@@ -75,7 +75,8 @@ def train_step(
         "grad_norm": grad_norm,
         "param_norm": optax.tree.norm(params),
     }
-    sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & (step == n)
+    finite = [jnp.isfinite(metrics[name]) for name in ("loss", "grad_norm", "param_norm")]
+    sound = jnp.all(jnp.stack(finite)) & (step == n)
     state = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, state)
     return state, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
 

@@ -160,7 +160,7 @@ def random_resized_crop(
     interpolation: str = "bicubic",
 ) -> np.ndarray:
     """Crops a window as `crop_window` draws it and resizes it to `size` (one number = square)."""
-    top, left, h, w = crop_window(rng, *image.shape[:2], scale, ratio)
+    top, left, h, w = crop_window(rng, image.shape[0], image.shape[1], scale, ratio)
     window = np.ascontiguousarray(image[top : top + h, left : left + w])
     return resize(window, _pair(size), interpolation)
 

@@ -1,6 +1,12 @@
-"""Block masks over a patch grid (BEiT, data2vec vision), drawn on the host."""
+"""Masks over a grid of positions, drawn on the host: BEiT's blocks and data2vec 2.0's samplers.
+
+A sampler is a function rng -> dict of arrays of fixed shapes: `mask` bool [L] for one mask an
+example; or, for M clones with equal counts, `mask` bool [M, L] and `keep` int32 [M, K], the kept
+positions in order. True = masked everywhere.
+"""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -77,3 +83,84 @@ def _new_block(rng, mask, height, width, missing, min_block, max_block, log_aspe
         if 0 < (block & ~mask).bit_count() <= cap:
             return block
     return None
+
+
+def inverse_block_mask(
+    rng: np.random.Generator,
+    grid: tuple[int, ...],
+    mask_ratio: float,
+    block: int,
+    adjust: float,
+    inverse: bool = True,
+) -> np.ndarray:
+    """Blocks round random centres mark what is kept (`inverse`) or masked: bool [T], True = masked.
+
+    floor(T (q + adjust) / block^n) centres, uniform with replacement, q being the share to mark;
+    each marks block^n cells, coordinates clamped to the n-dimensional grid. Then random cells are
+    unmarked or marked until exactly floor(T q) are, so that every mask of a config has the same
+    count.
+
+    Source: fairseq `data/data_utils.py`, `compute_block_mask_2d` and `compute_block_mask_1d`
+    (data2vec 2.0, arXiv 2212.07525, section 3.2). The paper divides by `block`, the code by
+    block^n.
+    """
+    total = math.prod(grid)
+    share = 1 - mask_ratio if inverse else mask_ratio
+    wanted = int(total * share)
+    centres = rng.integers(0, total, int(total * (share + adjust) / block ** len(grid)))
+    offsets = np.arange(block) - block // 2
+    lines = [
+        np.clip(c[:, None] + offsets, 0, size - 1)
+        for c, size in zip(np.unravel_index(centres, grid), grid, strict=True)
+    ]
+    marked = np.zeros(grid, bool)
+    if len(grid) == 2:
+        marked[lines[0][:, :, None], lines[1][:, None, :]] = True
+    else:
+        marked[lines[0]] = True
+    marked = marked.reshape(-1)
+    surplus = int(marked.sum()) - wanted
+    if surplus:
+        cells = np.flatnonzero(marked == (surplus > 0))
+        marked[rng.choice(cells, abs(surplus), replace=False)] = surplus < 0
+    return ~marked if inverse else marked
+
+
+def random_mask(rng: np.random.Generator, total: int, mask_ratio: float) -> np.ndarray:
+    """bool [T], True = masked: the floor(T (1 - mask_ratio)) smallest of T uniform numbers are kept
+    (fairseq `models/modalities/base.py`, `random_masking`)."""
+    mask = np.ones(total, bool)
+    mask[np.argsort(rng.random(total), kind="stable")[: int(total * (1 - mask_ratio))]] = False
+    return mask
+
+
+def block_sampler(grid, ratio: float, min_block: int) -> Callable:
+    """One BEiT block mask an example, of at most round(ratio L) positions."""
+    count = max(1, round(ratio * math.prod(grid)))
+    return lambda rng: {"mask": block_mask(rng, grid, count, min_block).reshape(-1)}
+
+
+def inverse_block_sampler(
+    grid, ratio: float, num_masks: int, block: int, adjust: float, inverse: bool = True
+) -> Callable:
+    """`num_masks` inverse block masks an example."""
+    draw = lambda rng: inverse_block_mask(rng, grid, ratio, block, adjust, inverse)  # noqa: E731
+    return lambda rng: _clones([draw(rng) for _ in range(num_masks)])
+
+
+def random_sampler(grid, ratio: float, num_masks: int) -> Callable:
+    """`num_masks` uniform masks an example."""
+    total = math.prod(grid)
+    return lambda rng: _clones([random_mask(rng, total, ratio) for _ in range(num_masks)])
+
+
+def _clones(masks: list[np.ndarray]) -> dict[str, np.ndarray]:
+    keep = [np.flatnonzero(~mask).astype(np.int32) for mask in masks]
+    return {"mask": np.stack(masks), "keep": np.stack(keep)}
+
+
+SAMPLERS = {
+    "block": block_sampler,
+    "inverse_block": inverse_block_sampler,
+    "random": random_sampler,
+}

@@ -5,7 +5,11 @@ processes, threads and workers.
 """
 
 import dataclasses
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -97,14 +101,37 @@ def _check(source: Any, batch_size: int, rows: Sequence[int]):
 def _iterate(data: grain.MapDataset, threads: int, workers: int) -> Iterator[Any]:
     # Elements are whole batches here, so a short buffer is enough.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    data = data.to_iter_dataset(options)
+    batches = data.to_iter_dataset(options)
     if workers:
         if not flags.FLAGS.is_parsed():  # grain hands absl's flags to its workers
             flags.FLAGS.mark_as_parsed()
-        data = data.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        )
-    return iter(data)
+        _start_tracker()
+        processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        batches = batches.mp_prefetch(processes, worker_init_fn=_end_with_parent)
+    return iter(batches)
+
+
+def _start_tracker() -> None:
+    """Python's tracker of shared memory, without the warning it gives at the end of every run:
+
+    batches that were read ahead are left to it when an iterator is closed.
+    """
+    old = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
+    resource_tracker.ensure_running()
+    os.environ.pop("PYTHONWARNINGS") if old is None else os.environ.update(PYTHONWARNINGS=old)
+
+
+def _end_with_parent(index: int, count: int) -> None:
+    """Ends this worker with the process that started it, which may be killed without notice."""
+    del index, count
+    parent = multiprocessing.parent_process()
+
+    def wait():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _RowsOfBatches(grain.MapDataset):

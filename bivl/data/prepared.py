@@ -44,7 +44,7 @@ def _directory_table(folder: Any, name: str, split: str) -> Table:
     try:
         builder = tfds.builder_from_directory(version)
         sizes = {key: info.num_examples for key, info in builder.info.splits.items()}
-        features = dict(builder.info.features)
+        features = dict(builder.info.features)  # pyright: ignore
     except Exception as error:  # TFDS raises what its parsers raise
         raise UserError(f"data.dir={version} is damaged ({_line(error)}); {_CURE}") from error
     base = name.partition(":")[0].partition("/")[0]
@@ -133,7 +133,7 @@ def _named_table(name: str, split: str) -> Table:
     if builder.info.splits:
         return _directory_table(builder.data_dir, name, split)
     try:
-        records = builder.as_data_source(split=split)
+        records = builder.as_data_source(split=split)  # pyright: ignore
     except Exception as error:
         raise UserError(
             f"data.name={name!r} is not prepared in {builder.data_dir}; {_CURE}, or set data.dir"
@@ -220,7 +220,7 @@ def _column(feature: Any) -> Column:
     if isinstance(feature, kinds.Text):
         return Column("text")
     if isinstance(feature, (kinds.Tensor, kinds.Scalar)):
-        letter = np.dtype(feature.np_dtype).kind
+        letter = np.dtype(feature.np_dtype).kind  # pyright: ignore
         if feature.shape:
             return Column("array" if letter in "iuf" else "sequence")
         return Column(

@@ -75,7 +75,7 @@ def split_names(split: str) -> list[tuple[str, str | None, str | None]]:
             f"data.split={split!r} cannot be read; write train, train[:80%], train[100:200] or "
             "train+test"
         )
-    return [part.groups() for part in parts if part]
+    return [(part[1], part[2], part[3]) for part in parts if part]
 
 
 def split_ranges(split: str, sizes: Mapping[str, int], title: str) -> list[tuple[str, range]]:

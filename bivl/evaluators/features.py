@@ -26,11 +26,14 @@ class Splits:
         model's inputs, and numpy `label` [B], `id` [B], `mask` [B] (True = a real example, False =
         padding of the last batch). `label` is absent where the set has none.
     classes: the labels' names, or None where the set does not name them.
+    examples: count -> that many training examples as the objective sees them (numpy, augmented,
+        with `mask` where it masks), or None where there are none to show.
     memory: the newest features of each split (see `extract`); leave it alone.
     """
 
     batches: Callable[[str], Iterator[dict[str, Any]]]
     classes: tuple[str, ...] | None
+    examples: Callable[[int], dict[str, np.ndarray]] | None = None
     memory: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 
 from bivl.evaluators import features
 
+NEEDS = ("label",)  # fields that both splits must have
+
 
 def make(predict, splits, config=None):
     """Few-shot accuracy of predict["features"], as `run(params, extras) -> dict`.

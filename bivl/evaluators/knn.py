@@ -16,6 +16,7 @@ from bivl.evaluators import features
 
 HEADLINE = 20
 CELLS = 2**25  # similarities held at once: 128 MiB of float32
+NEEDS = ("label",)  # fields that both splits must have
 
 
 def make(predict, splits, config=None):

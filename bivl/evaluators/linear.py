@@ -23,6 +23,7 @@ from bivl.evaluators import features
 
 HELD_OUT = 5  # every fifth example of a class picks the L2 strength
 CELLS = 2**26  # logits held at once: 256 MiB of float32
+NEEDS = ("label",)  # fields that both splits must have
 
 
 def make(predict, splits, config=None):

@@ -9,7 +9,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bivl.core.errors import UserError
-from bivl.data.masking import block_mask
 from bivl.evaluators import features
 from bivl.evaluators.curves import DPI, FAINT, INK, render
 from bivl.evaluators.curves import curves as curves  # the trainer draws all pictures from here
@@ -21,16 +20,15 @@ FIELDS = ("targets", "attention")
 
 
 def make(predict, splits, config=None):
-    """Pictures of the first test images, as `run(params, extras) -> dict of uint8 [H, W, 3]`.
+    """Pictures of a few images, as `run(params, extras) -> dict of uint8 [H, W, 3]`.
 
     predict["attention"] gives [B, H, h, w], the CLS token's attention to the patches a head, and
     predict["targets"] the regression targets, [B, h*w, D] or [B, h, w, D]; either may be missing.
-    Settings: `num_images` 8; `num_masks`, patches hidden an image (None: six in ten), and
-    `min_block`, patches in the smallest block (None: at most 16). Results: `pictures/masks`, and
-    `pictures/targets` and `pictures/attention` where the model has them.
+    Setting: `num_images` 8. Results: `pictures/masks`, training images as the student sees them,
+    and, of test images, `pictures/targets` and `pictures/attention` where the model has them.
     Raises UserError where there are no images or neither prediction.
     """
-    options = features.settings(config, "pictures", num_images=8, num_masks=None, min_block=None)
+    options = features.settings(config, "pictures", num_images=8)
     num_images = features.number(options["num_images"], "config.eval.pictures.num_images")
     if not any(name in predict for name in FIELDS):
         raise UserError(
@@ -42,8 +40,9 @@ def make(predict, splits, config=None):
         shown = _first(predict, splits, num_images, params, extras)
         images, names = shown["image"], shown["names"]
         grid = patch_grid(shown)
-        hidden = _masks(len(images), grid, options["num_masks"], options["min_block"])
-        result = {"pictures/masks": draw_masks(images, hidden, names)}
+        result = {}
+        if splits.examples:
+            result["pictures/masks"] = draw_masks(*_training_masks(splits, num_images))
         if "targets" in shown:
             maps = shown["targets"].reshape(len(images), *grid, -1)
             result["pictures/targets"] = draw_targets(images, maps, names)
@@ -100,37 +99,37 @@ def patch_grid(shown):
     targets = shown["targets"]
     if targets.ndim == 4:
         return targets.shape[1:3]
-    length = targets.shape[1]
-    height, width = shown["image"].shape[1:3]
+    return _grid_of(targets.shape[1], *shown["image"].shape[1:3])
+
+
+def _grid_of(length, height, width):
+    """(h, w) of `length` square patches on an image of height x width pixels."""
     rows = max(1, round((length * height / width) ** 0.5))
     if length % rows:
         raise UserError(
-            f"{length} targets an image of {height}x{width} pixels form no grid of patches; take "
-            "pictures out of config.evaluators"
+            f"{length} patches on an image of {height}x{width} pixels form no grid; take pictures "
+            "out of config.evaluators"
         )
     return rows, length // rows
 
 
-def _masks(count, grid, num_masks, min_block):
-    """bool [count, h, w], True = hidden, the same at every call."""
-    patches = grid[0] * grid[1]
-    num_masks = round(0.6 * patches) if num_masks is None else num_masks
-    if not 0 < num_masks <= patches:
-        raise UserError(
-            f"config.eval.pictures.num_masks is {num_masks} but an image has {patches} patches; "
-            f"give 1 to {patches}"
-        )
-    # Blocks of 16 patches are meant for 14x14 grids: smaller grids get smaller blocks.
-    min_block = min_block or max(1, min(16, num_masks // 4))
-    rng = np.random.default_rng(0)
-    return np.stack([block_mask(rng, grid, num_masks, min_block=min_block) for _ in range(count)])
+def _training_masks(splits, count):
+    """The first training images (float [N, H, W, 3] in 0..1) and their masks, bool [N, h, w].
+
+    Of M masks an image the first is shown.
+    """
+    examples = splits.examples(count)
+    images, hidden = raw_image(examples["image"]), examples["mask"]
+    hidden = hidden[:, 0] if hidden.ndim == 3 else hidden
+    height, width = images.shape[1:3]
+    return images, hidden.reshape(len(images), *_grid_of(hidden.shape[1], height, width))
 
 
-def draw_masks(images, hidden, names=None):
+def draw_masks(images, hidden):
     """images [N, H, W, 3] in 0..1 and hidden bool [N, h, w] -> picture."""
     seen = np.where(_enlarge(hidden[..., None], images.shape[1:3]), HIDDEN, images)
-    title = f"Block masks: {hidden.mean():.0%} of {hidden[0].size} patches hidden"
-    return _sheet({"image": images, "masked": seen}, title, names)
+    title = f"Training images, {hidden.mean():.0%} of {hidden[0].size} patches hidden"
+    return _sheet({"image": images, "masked": seen}, title, None)
 
 
 def draw_targets(images, maps, names=None):

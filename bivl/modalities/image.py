@@ -1,17 +1,26 @@
 """Images: host operations from records to arrays, and the embedding from arrays to tokens.
 
-Config keys read here: batch_size, image_size, mask_ratio, model.{patch_size, width, num_heads,
-positions}, augment.{...}, image_mean, image_std.
+Config keys read here: batch_size, image_size, mask_ratio, masking, model.{patch_size, width,
+num_heads, positions, embed_init}, augment, image_mean, image_std.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from bivl.core.config import choice
 from bivl.core.errors import UserError
 from bivl.data import augment, masking
-from bivl.models.layers import PatchEmbed, Vector, constrain_tokens, truncated_normal
+from bivl.models.layers import (
+    PatchEmbed,
+    Vector,
+    constrain_tokens,
+    gather_kept,
+    truncated_normal,
+)
 from bivl.models.positions import LearnedPositions, RelativePositionBias, sincos_2d
 from bivl.models.transformer import Tokens
 
@@ -20,8 +29,8 @@ POSITIONS = ("relative", "learned", "sincos", "none")
 
 def grid(config) -> tuple[int, int]:
     """Patches down and across."""
-    side, rest = divmod(config.image_size, config.model.patch_size)
-    if rest or side < 1:
+    side, rest = divmod(config.image_size, max(config.model.patch_size, 1))
+    if rest or side < 1 or config.model.patch_size < 1:
         raise UserError(
             f"config.image_size={config.image_size} is not a multiple of "
             f"model.patch_size={config.model.patch_size}"
@@ -29,42 +38,83 @@ def grid(config) -> tuple[int, int]:
     return side, side
 
 
-def num_masks(config) -> int:
-    """Patches to mask in each image (at most; the block sampler may fall short)."""
+def mask_sampler(config):
+    """The sampler that `config.masking` describes: its kind and that kind's own settings."""
     if not 0 < config.mask_ratio < 1:
         raise UserError(f"config.mask_ratio={config.mask_ratio} must lie between 0 and 1")
-    return max(1, round(config.mask_ratio * grid(config)[0] * grid(config)[1]))
+    settings = dict(config.masking)
+    kind = choice("masking.kind", settings.pop("kind"), masking.SAMPLERS)
+    try:
+        return masking.SAMPLERS[kind](grid(config), config.mask_ratio, **settings)
+    except TypeError as error:  # a setting of another kind, or one that is missing
+        raise UserError(
+            f"config.masking={dict(config.masking)}: {error}; give it the settings of its kind"
+        ) from error
 
 
 def spec(config) -> dict[str, jax.ShapeDtypeStruct]:
-    """image uint8 [B, S, S, 3] and mask bool [B, h w], True = masked."""
-    B, S, (h, w) = config.batch_size, config.image_size, grid(config)
-    return {
-        "image": jax.ShapeDtypeStruct((B, S, S, 3), jnp.uint8),
-        "mask": jax.ShapeDtypeStruct((B, h * w), jnp.bool_),
-    }
+    """image uint8 [B, S, S, 3], and what the mask sampler gives: mask bool [B, L], or for M clones
+    mask bool [B, M, L] and keep int32 [B, M, K]."""
+    B, S = config.batch_size, config.image_size
+    masks = mask_sampler(config)(np.random.default_rng(0))
+    shapes = {name: jax.ShapeDtypeStruct((B, *x.shape), x.dtype) for name, x in masks.items()}
+    return {"image": jax.ShapeDtypeStruct((B, S, S, 3), jnp.uint8)} | shapes
+
+
+def _check(config):
+    """UserError for augmentation that no image could survive."""
+    a = config.augment
+    for key, value, count in (
+        ("augment.color_jitter", a.color_jitter, 3),
+        ("augment.scale", a.scale, 2),
+        ("augment.ratio", a.ratio, 2),
+        ("image_mean", config.image_mean, 3),
+        ("image_std", config.image_std, 3),
+    ):
+        if len(value) != count:
+            raise UserError(f"config.{key}={value} must have {count} numbers")
+    for key in ("scale", "ratio"):
+        if not 0 < a[key][0] <= a[key][1]:
+            raise UserError(f"config.augment.{key}={a[key]} must be positive, the lower one first")
+    if not 0 < a.crop_ratio <= 1:
+        raise UserError(f"config.augment.crop_ratio={a.crop_ratio} must lie in (0, 1]")
+    if not all(config.image_std):
+        raise UserError(f"config.image_std={config.image_std} must be positive")
+
+
+def _image(record):
+    if "image" not in record:
+        raise UserError(
+            "the data has no image; set config.data.fields.image to the feature that holds it "
+            f"(a record has {sorted(record)})"
+        )
+    return augment.decode_image(record["image"])
 
 
 def train_ops(config):
-    """record, rng -> {image, mask}: jitter, flip, random resized crop (BEiT's order), block mask."""
+    """record, rng -> {image, mask, ...}: jitter, flip, random resized crop (as BEiT), masks."""
+    _check(config)
     a, size = config.augment, config.image_size
-    cells, count, min_block = grid(config), num_masks(config), config.mask_min_block
+    sample = mask_sampler(config)
+    if sum(bool(sample(np.random.default_rng(i))["mask"].any()) for i in range(16)) < 8:
+        raise UserError(
+            f"config.masking={dict(config.masking)} hides nothing of most images, {grid(config)} "
+            f"patches at mask_ratio={config.mask_ratio}; choose smaller blocks or a larger ratio"
+        )
 
     def ops(record, rng):
-        image = augment.decode_image(record["image"])
+        image = _image(record)
         if any(a.color_jitter):
             image = augment.color_jitter(image, rng, *a.color_jitter)
         if a.flip:
             image = augment.horizontal_flip(image, rng)
         image = augment.random_resized_crop(image, rng, size, tuple(a.scale), tuple(a.ratio))
-        mask = masking.block_mask(rng, cells, count, min_block)
-        return {"image": image, "mask": mask.reshape(-1)}
+        return {"image": image} | sample(rng)
 
     return ops
 
 
 def _eval_image(config, image):
-    image = augment.decode_image(image)
     return augment.center_view(image, config.image_size, config.augment.crop_ratio)
 
 
@@ -73,7 +123,7 @@ def eval_ops(config):
 
     def ops(record):
         kept = {k: np.int32(record[k]) for k in ("label", "id") if k in record}
-        return {"image": _eval_image(config, record["image"])} | kept
+        return {"image": _eval_image(config, _image(record))} | kept
 
     return ops
 
@@ -83,7 +133,7 @@ def preprocess(config):
     mean, std = np.float32(config.image_mean), np.float32(config.image_std)
 
     def ops(image):
-        images = [_eval_image(config, x) for x in image]
+        images = [_eval_image(config, augment.decode_image(x)) for x in image]
         if not images:
             raise UserError("preprocess got no image; pass image=[...]")
         return {"image": (np.stack(images) / np.float32(255) - mean) / std}
@@ -96,10 +146,23 @@ def pool(tokens, layout: Tokens):
     return tokens[:, 0] if layout.special else tokens.mean(1)
 
 
+def _xavier_flat(key, shape, dtype=jnp.float32):
+    """Xavier uniform of a patch kernel [p, p, C, D] seen as one matrix [p p C, D] (MAE's init)."""
+    return nn.initializers.xavier_uniform()(key, (math.prod(shape[:-1]), shape[-1])).reshape(shape)
+
+
+INITS = {  # of the patch kernel, and of the CLS and mask tokens
+    "beit": (truncated_normal(0.02), truncated_normal(0.02)),
+    "data2vec2": (_xavier_flat, nn.initializers.normal(1.0)),
+}
+
+
 class Embed(nn.Module):
-    """Images to tokens: normalise, embed patches, replace masked ones, prepend CLS, add positions.
+    """Images to tokens: normalise, embed patches, add positions, mask, prepend CLS.
 
     A uint8 image is normalised here, on the device; a float image is taken as normalised already.
+    `mask_token`: a masked input has a learned token in the masked places (BEiT); without, masked
+    tokens are left out and there are M clones of each example, [B M, 1 + K, D] (data2vec 2.0).
     """
 
     grid: tuple[int, int]
@@ -107,25 +170,28 @@ class Embed(nn.Module):
     width: int
     num_heads: int
     positions: str
+    mask_token: bool
+    embed_init: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
     dtype: str
 
     @nn.compact
     def __call__(self, batch, masked: bool = False) -> Tokens:
-        image = batch["image"]
-        if image.dtype == jnp.uint8:
-            image = (image.astype(jnp.float32) / 255 - jnp.array(self.mean)) / jnp.array(self.std)
-        axes, init = (None, None, "embed"), truncated_normal(0.02)
-        x = PatchEmbed(self.patch_size, self.width, dtype=self.dtype, name="patch")(image)
-        mask_token = Vector((1, 1, self.width), axes, init, name="mask_token")()
-        cls_token = Vector((1, 1, self.width), axes, init, name="cls_token")()
-        if masked:
-            x = jnp.where(batch["mask"][..., None], mask_token.astype(x.dtype), x)
+        patch_init, token_init = INITS[self.embed_init]
+        axes, shape = (None, None, "embed"), (1, 1, self.width)
+        options = {"kernel_init": patch_init, "dtype": self.dtype, "name": "patch"}
+        x = PatchEmbed(self.patch_size, self.width, **options)(self._normalized(batch["image"]))
+        cls_token = Vector(shape, axes, token_init, name="cls_token")()
+        if self.mask_token:
+            token = Vector(shape, axes, token_init, name="mask_token")()
+            x = jnp.where(batch["mask"][..., None], token.astype(x.dtype), x) if masked else x
         if self.positions == "sincos":
             x = x + sincos_2d(self.grid, self.width).astype(x.dtype)
         elif self.positions == "learned":
-            x = LearnedPositions(init, name="positions")(x)
+            x = LearnedPositions(token_init, name="positions")(x)
+        if masked and not self.mask_token:
+            x = gather_kept(x, batch["keep"])
         cls_token = jnp.broadcast_to(cls_token, (x.shape[0], 1, self.width)).astype(x.dtype)
         x = constrain_tokens(jnp.concatenate([cls_token, x], axis=1))
         bias = None
@@ -133,18 +199,29 @@ class Embed(nn.Module):
             bias = RelativePositionBias(self.grid, self.num_heads, name="relative_position")()
         return Tokens(x, special=1, bias=bias)
 
+    def _normalized(self, image):
+        if image.dtype != jnp.uint8:
+            return image
+        return (image.astype(jnp.float32) / 255 - jnp.array(self.mean)) / jnp.array(self.std)
+
 
 def make_embed(config, dtype: str) -> Embed:
     """The embedding that `config` describes."""
     m = config.model
-    if m.positions not in POSITIONS:
-        raise UserError(f"config.model.positions={m.positions!r}; use one of {POSITIONS}")
+    choice("model.positions", m.positions, POSITIONS)
+    choice("model.embed_init", m.embed_init, INITS)
+    if m.positions == "sincos" and m.width % 4:
+        raise UserError(f"config.model.width={m.width} must be a multiple of 4 for sincos")
+    if m.positions == "relative" and config.masking.kind != "block":
+        raise UserError("config.model.positions='relative' needs all tokens; use sincos or learned")
     return Embed(
         grid(config),
         m.patch_size,
         m.width,
         m.num_heads,
         m.positions,
+        config.masking.kind == "block",
+        m.embed_init,
         tuple(config.image_mean),
         tuple(config.image_std),
         dtype,

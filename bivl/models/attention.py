@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bivl.models.layers import LayerNorm, Projection, Vector, zeros
+from bivl.models.layers import Init, LayerNorm, Projection, Vector, truncated_normal, zeros
 
 BIASES = {"qkv": (True, True, True), "qv": (True, False, True), "none": (False, False, False)}
 
@@ -53,13 +53,15 @@ class Attention(nn.Module):
     eps: float = 1e-6
     dropout: float = 0.0
     dtype: str = "float32"
+    kernel_init: Init = truncated_normal(0.02)
 
     @nn.compact
     def __call__(self, x, attention_bias=None, deterministic: bool = True):
         B, L, D = x.shape
         H, d = self.num_heads, D // self.num_heads
+        options = {"kernel_init": self.kernel_init, "dtype": self.dtype}
         axes = ("embed", None, "heads", None)
-        qkv = Projection((3, H, d), axes, use_bias=False, dtype=self.dtype, name="qkv")(x)
+        qkv = Projection((3, H, d), axes, use_bias=False, name="qkv", **options)(x)
         qkv = qkv.transpose(2, 0, 3, 1, 4)  # [3, B, H, L, d]
         offsets = [
             Vector((H, d), ("heads", None), zeros, name=f"{name}_bias")() if used else None
@@ -76,5 +78,5 @@ class Attention(nn.Module):
         if self.inner_norm:
             x = LayerNorm(self.eps, self.dtype, name="norm")(x.reshape(B, L, D))
             x = x.reshape(B, L, H, d)
-        x = Projection((D,), ("heads", None, "embed"), dtype=self.dtype, name="out")(x)
+        x = Projection((D,), ("heads", None, "embed"), name="out", **options)(x)
         return x, weights

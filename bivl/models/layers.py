@@ -20,7 +20,7 @@ ones = nn.initializers.ones
 
 
 def truncated_normal(std: float, cut: float = 1.0) -> Init:
-    """N(0, std^2) cut at +-cut * std (in stds). BEiT cuts at one std: `trunc_normal_(a=-s, b=s)`."""
+    """N(0, std^2) cut at +-cut stds. BEiT cuts at one std: `trunc_normal_(a=-s, b=s)`."""
 
     def init(key, shape, dtype=jnp.float32):
         return std * jax.random.truncated_normal(key, -cut, cut, shape, dtype)
@@ -28,7 +28,7 @@ def truncated_normal(std: float, cut: float = 1.0) -> Init:
     return init
 
 
-def partitioned(init: Init, axes: tuple) -> Init:
+def partitioned(init: Init, axes: tuple) -> Callable:
     """`init` whose result carries its logical axes."""
     return nn.with_logical_partitioning(init, axes)
 
@@ -36,6 +36,13 @@ def partitioned(init: Init, axes: tuple) -> Init:
 def constrain_tokens(x):
     """Pins [B, L, D] activations to the batch axes of the mesh (nothing happens without a mesh)."""
     return nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+
+
+def gather_kept(x, keep):
+    """Tokens [B, L, D] at keep int [B, M, K] -> [B M, K, D], an example's M clones together."""
+    B, M, K = keep.shape
+    kept = jnp.take_along_axis(x, keep.reshape(B, M * K, 1), axis=1)
+    return kept.reshape(B * M, K, x.shape[-1])
 
 
 class Projection(nn.Module):
@@ -173,18 +180,19 @@ class Mlp(nn.Module):
     eps: float = 1e-6
     dropout: float = 0.0
     dtype: str = "float32"
+    kernel_init: Init = truncated_normal(0.02)
 
     @nn.compact
     def __call__(self, x, deterministic: bool):
-        width = x.shape[-1]
-        x = gelu(Projection((self.hidden,), ("embed", "mlp"), dtype=self.dtype, name="fc1")(x))
+        width, options = x.shape[-1], {"kernel_init": self.kernel_init, "dtype": self.dtype}
+        x = gelu(Projection((self.hidden,), ("embed", "mlp"), name="fc1", **options)(x))
         if self.inner_norm:
             x = LayerNorm(self.eps, self.dtype, name="norm")(x)
         x = nn.Dropout(self.dropout)(x, deterministic)
-        return Projection((width,), ("mlp", "embed"), dtype=self.dtype, name="fc2")(x)
+        return Projection((width,), ("mlp", "embed"), name="fc2", **options)(x)
 
 
 def drop_path(x, rate, key):
-    """Stochastic depth: drops whole examples of a residual branch [B, ...]; `rate` may be traced."""
+    """Stochastic depth: drops examples of a residual branch [B, ...]; `rate` may be traced."""
     keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
     return jnp.where(keep, x / (1 - rate).astype(x.dtype), 0).astype(x.dtype)

@@ -7,9 +7,16 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bivl.models.attention import Attention, padding_bias
-from bivl.models.layers import LayerNorm, Mlp, Vector, constrain_tokens, drop_path
+from bivl.core.config import choice
+from bivl.core.errors import UserError
+from bivl.models.attention import BIASES, Attention, padding_bias
+from bivl.models.layers import LayerNorm, Mlp, Vector, constrain_tokens, drop_path, truncated_normal
 
+NORMS = ("pre", "post", "sub")
+INITS = {  # every kernel ~ N(0, 0.02^2): BEiT cuts it at one std, BERT and fairseq do not cut it
+    "truncated": truncated_normal(0.02),
+    "normal": nn.initializers.normal(0.02),
+}
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -33,11 +40,31 @@ class EncoderConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
+    input_norm: bool = False
     final_norm: bool = True
+    init: str = "truncated"
     depth_rescale: bool = False
     dtype: str = "float32"
     remat: str = "none"
     scan: bool = False
+
+    def __post_init__(self):
+        """UserError, in the words of config.model, for what no encoder can be."""
+        for name in ("width", "depth", "num_heads", "mlp_dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"config.model.{name}={getattr(self, name)} must be at least 1")
+        if self.width % self.num_heads:
+            raise UserError(
+                f"config.model.width={self.width} is not a multiple of "
+                f"model.num_heads={self.num_heads}"
+            )
+        choice("model.norm", self.norm, NORMS)
+        choice("model.qkv_bias", self.qkv_bias, BIASES)
+        choice("model.remat", self.remat, REMAT)
+        choice("model.init", self.init, INITS)
+        for name in ("drop_path", "dropout", "attention_dropout", "activation_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"config.model.{name}={getattr(self, name)} must lie in [0, 1)")
 
     @classmethod
     def of(cls, model, dtype: str) -> "EncoderConfig":
@@ -60,7 +87,6 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, bias, drop_rate, deterministic: bool):
         c = self.config
-        sub = c.norm == "sub"
 
         def norm(name):
             return LayerNorm(c.eps, c.dtype, name=name)
@@ -77,10 +103,12 @@ class Block(nn.Module):
                 y = drop_path(y, drop_rate, self.make_rng("dropout"))
             return y
 
+        options = {"inner_norm": c.norm == "sub", "eps": c.eps, "dtype": c.dtype}
+        options["kernel_init"] = INITS[c.init]
         attention = Attention(
-            c.num_heads, c.qkv_bias, sub, c.eps, c.attention_dropout, c.dtype, name="attention"
+            c.num_heads, c.qkv_bias, dropout=c.attention_dropout, name="attention", **options
         )
-        mlp = Mlp(c.mlp_dim, sub, c.eps, c.activation_dropout, c.dtype, name="mlp")
+        mlp = Mlp(c.mlp_dim, dropout=c.activation_dropout, name="mlp", **options)
         post = c.norm == "post"
         y, weights = attention(x if post else norm("norm1")(x), bias, deterministic)
         x = x + dropped(scaled(y, "scale1"))
@@ -149,6 +177,9 @@ class Encoder(nn.Module):
     def __call__(self, tokens: Tokens, deterministic: bool = True, collect=()) -> Encoded:
         c = self.config
         x = constrain_tokens(tokens.x.astype(c.dtype))
+        if c.input_norm:
+            x = LayerNorm(c.eps, c.dtype, name="input_norm")(x)
+        x = nn.Dropout(c.dropout if c.input_norm else 0.0)(x, deterministic)
         bias = tokens.bias
         if tokens.padding is not None:
             hidden = padding_bias(tokens.padding)
@@ -174,11 +205,6 @@ class Encoder(nn.Module):
         if c.final_norm:
             y = LayerNorm(c.eps, c.dtype, name="norm")(y)
         return Encoded(y, **collected)
-
-
-def _add_layer_axis(tree):
-    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
-    return jax.tree.map(lambda box: box.replace(names=("layers", *box.names)), tree, is_leaf=is_box)
 
 
 def _loop(body, x, stacked):

@@ -5,8 +5,8 @@
 
 size=base    ImageNet-1k, 800 epochs at batch 2,048 (500,400 updates); published: 84.2 % top-1 after
              fine-tuning (data2vec paper, table 1). Published on 16 GPUs.
-size=large   stage 1 of 2: 800 epochs at batch 4,096; published after both stages: 86.6 %. Stage 2 is
-             the same command with --config.init=STAGE_1 --config.ema_decay_start=0.9999
+size=large   stage 1 of 2: 800 epochs at batch 4,096; published after both stages: 86.6 %. Stage 2
+             is the same command with --config.init=STAGE_1 --config.ema_decay_start=0.9999
              --config.ema_decay_end=0.9999 --config.optimizer.warmup_steps=12520.
 size=small   384 x 12 x 6, one GPU or TPU chip; no published score.
 size=tiny    128 x 4 x 4 on 64 px, two CPU cores; no published score.
@@ -14,7 +14,8 @@ smoke        20 updates of `tiny` on synthetic images, under a minute on two CPU
 
 Follows the code of facebookresearch/data2vec_vision (its README's commands), not the paper, where
 they differ: batch 2,048 and 10 warm-up epochs for base, batch 4,096 for large, end-of-block targets
-normalised per layer and after averaging, loss averaged over masked tokens and channels, tau constant.
+normalised per layer and after averaging, loss averaged over masked tokens and channels, constant
+tau.
 """
 
 from configs import common
@@ -54,7 +55,7 @@ def get_config(text=None):
         "ratio": (3 / 4, 4 / 3),
         "crop_ratio": 0.875,  # evaluation: central crop over short side
     }
-    c.mask_ratio, c.mask_min_block = 120 / 196, 16
+    c.mask_ratio, c.masking = 120 / 196, {"kind": "block", "min_block": 16}
     c.model = {
         "width": width,
         "depth": depth,
@@ -62,6 +63,7 @@ def get_config(text=None):
         "mlp_dim": 4 * width,
         "patch_size": 16,
         "positions": "relative",  # or learned, sincos, none
+        "embed_init": "beit",
         "norm": "pre",  # or post, sub
         "eps": 1e-6,
         "qkv_bias": "qv",
@@ -91,16 +93,16 @@ def get_config(text=None):
     if size in ("base", "large"):
         c.dtype, c.checkpoint.every = "bfloat16", 5000
     if size == "tiny":
-        _tiny(c)
+        tiny(c)
     if chosen["smoke"]:
-        _smoke(c)
+        smoke(c)
     return c
 
 
-def _tiny(c):
+def tiny(c):
     """64 px, patches of 8, the packaged emoji: something to look at in minutes on two CPU cores."""
     c.image_size, c.model.patch_size, c.top_k_layers = 64, 8, 2
-    c.mask_min_block, c.mask_ratio = 4, 0.6
+    c.masking.min_block, c.mask_ratio = 4, 0.6
     c.data = common.data(kind="emoji")
     c.eval_data.test.split = "test"
     c.augment.update({"scale": (0.2, 1.0), "crop_ratio": 1.0})
@@ -109,7 +111,7 @@ def _tiny(c):
     c.optimizer.end_learning_rate, c.checkpoint.every = 1e-5, 500
 
 
-def _smoke(c):
+def smoke(c):
     """20 updates on synthetic images."""
     c.steps, c.batch_size, c.log_every, c.optimizer.warmup_steps = 20, 16, 1, 5
     c.data = common.data(kind="synthetic", image_size=64, num_examples=256)

@@ -26,7 +26,8 @@ def drawn(image, *, mask=None, label=None, classes=None):
         "targets": lambda params, extras, batch: batch["maps"],
         "attention": lambda params, extras, batch: batch["looks"],
     }
-    return predict, features.Splits(lambda split: iter([batch]), classes)
+    examples = {"image": np.zeros((2, 16, 24, 3), np.uint8), "mask": np.eye(2, 6) > 0}
+    return predict, features.Splits(lambda split: iter([batch]), classes, lambda n: examples)
 
 
 def is_picture(value):
@@ -99,15 +100,15 @@ def test_collapsed_targets_are_drawn_not_fatal():
     assert pictures.principal_colours(np.ones((1, 2, 2, 2))).shape == (1, 2, 2, 3)
 
 
-def test_masks_are_the_same_at_every_call_and_within_the_grid():
-    first, again = (pictures._masks(4, (14, 14), 118, None) for _ in range(2))
-    np.testing.assert_array_equal(first, again)
-    assert first.shape == (4, 14, 14)
-    assert 90 < first.sum(axis=(1, 2)).mean() <= 118
-    small = pictures._masks(4, (4, 4), None, None)
-    assert small.any(axis=(1, 2)).all()
-    with pytest.raises(UserError, match="num_masks is 17 but an image has 16 patches; give 1 to"):
-        pictures._masks(1, (4, 4), 17, None)
+def test_masks_are_those_of_training():
+    mask = np.zeros((2, 3, 6), bool)  # three masks an image, of 2x3 patches
+    mask[:, 0, 4] = True
+    image = np.full((2, 16, 24, 3), 255, np.uint8)
+    splits = features.Splits(iter, None, lambda count: {"image": image, "mask": mask})
+    images, hidden = pictures._training_masks(splits, 2)
+    assert images.shape == (2, 16, 24, 3) and images.max() == 1
+    np.testing.assert_array_equal(hidden[0], [[False, False, False], [False, True, False]])
+    assert is_picture(pictures.draw_masks(images, hidden))
 
 
 def test_no_images_are_refused():

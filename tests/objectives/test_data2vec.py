@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 from golden import data2vec_vision as golden
 
 from bivl.core import optimizer, sharding
 from bivl.core import step as steps
 from bivl.core.state import State
-from bivl.objectives import data2vec
+from bivl.modalities import image
+from bivl.models.transformer import EncoderConfig
+from bivl.objectives import data2vec, distillation
 
 G = golden.load()
 PIPELINES = {  # recorded name: layer norms, norms of the mean, activation
@@ -38,29 +41,24 @@ def batch():
     return {"image": jnp.asarray(G["images"]), "mask": jnp.asarray(G["mask"], bool)}
 
 
+def recorded_config():
+    """The sizes that the numbers were recorded with."""
+    sizes = {"model.depth": "3", "model.mlp_dim": "128", "batch_size": "4", "top_k_layers": "2"}
+    return runs.tiny(sizes)
+
+
 @pytest.fixture
-def config(tiny_config):
-    with tiny_config.unlocked():
-        tiny_config.batch_size = 4
-        tiny_config.top_k_layers = 2
-    return tiny_config
+def config():
+    return recorded_config()
 
 
 @functools.cache
 def encoded(prefix, masked):
-    from bivl.core import config as configs
-
-    c = configs.load("configs/pretrain/data2vec_image.py:smoke")
-    sizes = {"image_size": "32", "model.width": "32", "model.depth": "3", "model.num_heads": "2"}
-    configs.override(c, [*sizes.items(), ("model.mlp_dim", "128")])
-    from bivl.modalities import image
-    from bivl.models.transformer import EncoderConfig
-
+    c = recorded_config()
     model = data2vec.Data2Vec(image.make_embed(c, "float32"), EncoderConfig.of(c.model, "float32"))
-    _, out = model.apply(
-        {"params": params(prefix)}, batch(), masked, collect=("layers", "ffn"), method="encode"
-    )
-    return out, model
+    collect = {"collect": ("layers", "ffn"), "method": "encode"}
+    encode = jax.jit(lambda p, b: model.apply({"params": p}, b, masked, **collect)[1])
+    return encode(params(prefix), batch()), model
 
 
 def test_layers_match_the_reference():
@@ -73,7 +71,7 @@ def test_layers_match_the_reference():
 def test_masked_student_matches_the_reference():
     out, model = encoded("params", True)
     np.testing.assert_allclose(np.stack(out.layers), G["student/layers"], atol=1e-5)
-    prediction = model.apply({"params": params()}, batch())
+    prediction = jax.jit(model.apply)({"params": params()}, batch())
     np.testing.assert_allclose(prediction, G["student/prediction"], atol=1e-5)
 
 
@@ -84,7 +82,7 @@ def test_targets_match_the_reference(name):
         values = [jnp.asarray(x[:, 1:]) for x in G["teacher/layers"][-2:]]
     else:
         values = [jnp.asarray(x) for x in G["teacher/ffn"][-2:]]
-    got = data2vec.average_targets(values, layer_norms, norms)
+    got = distillation.average_targets(values, layer_norms, norms)
     np.testing.assert_allclose(got, G[f"targets/{name}"], atol=1e-5)
 
 
@@ -95,9 +93,8 @@ def test_losses_match_the_reference(config, reduction, beta):
     objective = data2vec.make(config)
     targets = {"values": jnp.asarray(G["targets/dv"]), "metrics": {}}
     key = jax.random.key(0)
-    (loss, aux), grads = jax.value_and_grad(objective.loss, has_aux=True)(
-        params(), {}, batch(), targets, key
-    )
+    differentiate = jax.jit(jax.value_and_grad(objective.loss, has_aux=True))
+    (loss, aux), grads = differentiate(params(), {}, batch(), targets, key)
     name = f"{reduction}_beta{beta}"
     np.testing.assert_allclose(loss, G[f"loss/{name}"], rtol=1e-5)
     np.testing.assert_allclose(aux["metrics"]["target_std"], G["target_std"], rtol=1e-5)
@@ -140,9 +137,9 @@ def test_accumulation_changes_no_mean(config):
     objective = data2vec.make(config)
     tx = optimizer.make_optimizer(config.optimizer, optimizer.make_schedule(config.optimizer, 8))
     state = State(jnp.int32(0), params(), params("teacher_params"), {}, tx.init(params()))
+    accumulated = jax.jit(functools.partial(steps._accumulated, objective), static_argnums=3)
     results = [
-        steps._accumulated(objective, state, batch(), jax.random.key(0), accumulate)
-        for accumulate in (1, 2, 4)
+        accumulated(state, batch(), jax.random.key(0), accumulate) for accumulate in (1, 2, 4)
     ]
     for aux, grads in results[1:]:
         np.testing.assert_allclose(
@@ -164,8 +161,8 @@ def test_initial_statistics_match_the_reference(tiny_config):
     from flax import linen as nn
 
     objective = data2vec.make(tiny_config)
-    ours = [nn.unbox(objective.init(jax.random.key(seed))[0]) for seed in range(8)]
-    ours = golden.stack(ours)
+    init = jax.vmap(lambda seed: nn.unbox(objective.init(jax.random.key(seed))[0]))
+    ours = jax.jit(init)(jnp.arange(8))
     stats = {name: entry for name, entry in recorded["parameters"].items()}
 
     def filled(key):

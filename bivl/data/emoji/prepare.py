@@ -171,7 +171,7 @@ def read_records(source):
     return [{**r, "concept": concept} for r, concept in zip(records, concepts, strict=True)]
 
 
-def concept_of(codes):
+def concept_of(codes: str) -> str:
     """The code points without gender, direction and style, so that all variants give one key."""
     parts = [_PERSON.get(code, code) for code in codes.lower().split("-")]
     parts = parts[:1] + [code for code in parts[1:] if code not in _MODIFIERS]

@@ -1,0 +1,129 @@
+"""What the self-distilling objectives share: targets from a teacher's layers, and the regression.
+
+Order and constants: data2vec paper (arXiv 2202.03555) section 3.3 and fairseq's
+`models/data2vec_audio.py`, `models/data2vec2.py`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from bivl.core import collapse, ema
+from bivl.core.config import choice
+from bivl.core.errors import UserError
+
+NORM_AXES = {"layer": (2,), "instance": (1,), "batch": (0, 1), "group": (1, 2)}
+
+
+def normalize(x, name: str, eps: float = 1e-5):
+    """Normalises x [B, L, D] without affine, in float32: over D (`layer`), over L per channel
+    (`instance`), over B and L per channel (`batch`) or over L and D (`group`)."""
+    x = x.astype(jnp.float32)
+    axes = NORM_AXES[name]
+    mean = x.mean(axes, keepdims=True)
+    variance = jnp.square(x - mean).mean(axes, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(variance + eps)
+
+
+def average_targets(layers, layer_norms=(), norms=()):
+    """K arrays [B, L, D] -> targets [B, L, D] in float32.
+
+    Each layer through `layer_norms` in order, arithmetic mean, then the mean through `norms`
+    (paper section 3.3; fairseq `models/data2vec_audio.py`). Padding is not excluded, as there.
+    """
+    total = 0.0
+    for x in layers:
+        for name in layer_norms:
+            x = normalize(x, name)
+        total = total + x.astype(jnp.float32)
+    y = total / len(layers)
+    for name in norms:
+        y = normalize(y, name)
+    return y
+
+
+def regression_loss(prediction, target, beta: float, reduction: str, scale: float | None = None):
+    """Smooth L1 (beta > 0) or squared error (beta 0) of [..., D] -> [...], in float32.
+
+    reduction `mean` averages over D (data2vec_vision); `sum` sums over D and multiplies by `scale`,
+    by default 1 / sqrt(D) (fairseq).
+    """
+    d = jnp.abs(prediction.astype(jnp.float32) - target.astype(jnp.float32))
+    loss = jnp.where(d < beta, 0.5 * d * d / beta, d - 0.5 * beta) if beta else d * d
+    if reduction == "mean":
+        return loss.mean(-1)
+    return loss.sum(-1) * (d.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def check(config) -> None:
+    """UserError for teacher, target and loss settings that cannot be."""
+    depth, k = config.model.depth, config.top_k_layers
+    if not 1 <= k <= depth:
+        raise UserError(f"config.top_k_layers={k} must lie between 1 and model.depth={depth}")
+    for key in ("ema_decay_start", "ema_decay_end"):
+        if not 0 <= config[key] <= 1:
+            raise UserError(f"config.{key}={config[key]} must lie in [0, 1]")
+    if not all(isinstance(prefix, str) for prefix in config.ema_copied):
+        raise UserError(f"config.ema_copied={config.ema_copied} must be path prefixes (texts)")
+    choice("target.layer", config.target.layer, ("end", "ffn"))
+    for key in ("layer_norms", "norms"):
+        for name in config.target[key]:
+            choice(f"target.{key}", name, NORM_AXES)
+    choice("loss.reduction", config.loss.reduction, ("mean", "sum"))
+    if not isinstance(config.loss.scale, float | int | None):
+        raise UserError(f"config.loss.scale={config.loss.scale!r} must be None or a number")
+
+
+def teacher_targets(encode, config):
+    """-> function (params, batch) -> (targets [B, L, D] without special tokens, Encoded).
+
+    `encode(params, batch, collect)` gives (Tokens, Encoded) of the unmasked input.
+    """
+    source = {"end": "layers", "ffn": "ffn"}[config.target.layer]
+
+    def teach(params, batch):
+        tokens, encoded = encode(params, batch, ("layers", source))
+        content = [x[:, tokens.special :] for x in getattr(encoded, source)]
+        top = content[-config.top_k_layers :]
+        return average_targets(top, config.target.layer_norms, config.target.norms), encoded
+
+    return teach
+
+
+def rank_metrics(encoded, values) -> dict[str, jax.Array]:
+    """`effective_rank/STAGE` of the teacher's embedding, each block's output and the targets."""
+    stages = {"embedding": encoded.layers[0], "target": values}
+    stages |= {f"block_{i}": x for i, x in enumerate(encoded.layers[1:])}
+    return {f"effective_rank/{name}": collapse.effective_rank(x) for name, x in stages.items()}
+
+
+def masked_regression(prediction, target, mask, config):
+    """Predictions and targets [B, L, D], mask bool [B, L] -> loss, aux.
+
+    The loss is the mean over masked positions of the whole batch.
+    """
+    c = config.loss
+    each = regression_loss(prediction, target, c.beta, c.reduction, c.scale)
+    weight = mask.sum().astype(jnp.float32)
+    value = (each * mask).sum() / weight
+    metrics = {
+        "regression_loss": value,
+        "target_std": collapse.channel_std(target, mask),
+        "prediction_std": collapse.channel_std(prediction, mask),
+        "masked_fraction": mask.mean(),
+    }
+    if c.std_weight:  # VICReg-style hinge; its weight is 0 in every published recipe
+        shortfall = jax.nn.relu(c.std_margin - metrics["prediction_std"])
+        value = value + c.std_weight * shortfall
+    return value, {"weight": weight, "metrics": metrics}
+
+
+def teacher_update(config):
+    """-> an objective's `update`: the EMA on its schedule; `ema_copied` prefixes verbatim."""
+    rate = ema.update_rate(config.ema_decay_start, config.ema_decay_end, config.ema_anneal_steps)
+    copied = tuple(config.ema_copied)
+
+    def update(teacher, extras, params, aux, step):
+        teacher = ema.track(teacher, params, rate(step), lambda p: "/".join(p).startswith(copied))
+        return teacher, extras, {"ema_decay": 1 - rate(step)}
+
+    return update
