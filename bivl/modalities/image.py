@@ -19,7 +19,9 @@ from bivl.models.layers import (
     Vector,
     constrain_tokens,
     gather_kept,
+    torch_uniform,
     truncated_normal,
+    zeros,
 )
 from bivl.models.positions import LearnedPositions, RelativePositionBias, sincos_2d
 from bivl.models.transformer import Tokens
@@ -151,10 +153,14 @@ def _xavier_flat(key, shape, dtype=jnp.float32):
     return nn.initializers.xavier_uniform()(key, (math.prod(shape[:-1]), shape[-1])).reshape(shape)
 
 
-INITS = {  # of the patch kernel, and of the CLS and mask tokens
-    "beit": (truncated_normal(0.02), truncated_normal(0.02)),
-    "data2vec2": (_xavier_flat, nn.initializers.normal(1.0)),
-}
+def token_inits(kind: str, patch_values: int):
+    """Initialisers of the patch kernel, its bias, and the CLS and mask tokens.
+
+    `patch_values` = p p C. data2vec 2.0 leaves the convolution's bias as PyTorch makes it.
+    """
+    if kind == "beit":
+        return truncated_normal(0.02), zeros, truncated_normal(0.02)
+    return _xavier_flat, torch_uniform(patch_values), nn.initializers.normal(1.0)
 
 
 class Embed(nn.Module):
@@ -178,9 +184,10 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, batch, masked: bool = False) -> Tokens:
-        patch_init, token_init = INITS[self.embed_init]
+        *inits, token_init = token_inits(self.embed_init, 3 * self.patch_size**2)
         axes, shape = (None, None, "embed"), (1, 1, self.width)
-        options = {"kernel_init": patch_init, "dtype": self.dtype, "name": "patch"}
+        options = dict(zip(("kernel_init", "bias_init"), inits, strict=True))
+        options |= {"dtype": self.dtype, "name": "patch"}
         x = PatchEmbed(self.patch_size, self.width, **options)(self._normalized(batch["image"]))
         cls_token = Vector(shape, axes, token_init, name="cls_token")()
         if self.mask_token:
@@ -209,7 +216,7 @@ def make_embed(config, dtype: str) -> Embed:
     """The embedding that `config` describes."""
     m = config.model
     choice("model.positions", m.positions, POSITIONS)
-    choice("model.embed_init", m.embed_init, INITS)
+    choice("model.embed_init", m.embed_init, ("beit", "data2vec2"))
     if m.positions == "sincos" and m.width % 4:
         raise UserError(f"config.model.width={m.width} must be a multiple of 4 for sincos")
     if m.positions == "relative" and config.masking.kind != "block":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from bivl.models.layers import Init, Projection, gelu, partitioned
+from bivl.models.layers import Projection, gelu, partitioned, torch_uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +25,6 @@ class DecoderConfig:
     projection_layers: int = 1
     dropout: float = 0.0
     noise: float = 0.01
-
-
-def torch_uniform(fan_in: int) -> Init:
-    """PyTorch's default for convolutions and linear maps: U(-1, 1) / sqrt(fan_in)."""
-
-    def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -1.0, 1.0) * fan_in**-0.5
-
-    return init
 
 
 def _convolve(x, kernel, groups: int):
@@ -123,7 +114,8 @@ class Decoder(nn.Module):
             x = x + y if c.residual and x.shape[-1] == y.shape[-1] else y
         x = x.reshape(B, length, c.width)
         if c.projection_layers == 1:
-            options = {"kernel_init": torch_uniform(c.width), "dtype": self.dtype}
+            init = torch_uniform(c.width)
+            options = {"kernel_init": init, "bias_init": init, "dtype": self.dtype}
             return Projection((D,), ("embed", None), name="projection", **options)(x)
         options = {"kernel_init": nn.initializers.normal(0.02), "dtype": self.dtype}
         x = gelu(Projection((2 * c.width,), ("embed", "mlp"), name="fc", **options)(x))

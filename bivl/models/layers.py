@@ -28,6 +28,15 @@ def truncated_normal(std: float, cut: float = 1.0) -> Init:
     return init
 
 
+def torch_uniform(fan_in: int) -> Init:
+    """PyTorch's default of convolutions and linear maps, biases too: U(-1, 1) / sqrt(fan_in)."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -1.0, 1.0) * fan_in**-0.5
+
+    return init
+
+
 def partitioned(init: Init, axes: tuple) -> Callable:
     """`init` whose result carries its logical axes."""
     return nn.with_logical_partitioning(init, axes)
@@ -55,6 +64,7 @@ class Projection(nn.Module):
     axes: tuple[str | None, ...]
     use_bias: bool = True
     kernel_init: Init = truncated_normal(0.02)
+    bias_init: Init = zeros
     dtype: str = "float32"
 
     @nn.compact
@@ -64,7 +74,9 @@ class Projection(nn.Module):
         kernel = self.param("kernel", partitioned(self.kernel_init, self.axes), shape)
         x = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), num_inputs)
         if self.use_bias:
-            bias = self.param("bias", partitioned(zeros, self.axes[num_inputs:]), self.outputs)
+            bias = self.param(
+                "bias", partitioned(self.bias_init, self.axes[num_inputs:]), self.outputs
+            )
             x = x + bias.astype(self.dtype)
         return x
 
@@ -152,8 +164,8 @@ class PatchEmbed(nn.Module):
 
     patch_size: int
     width: int
-    use_bias: bool = True
     kernel_init: Init = truncated_normal(0.02)
+    bias_init: Init = zeros
     dtype: str = "float32"
 
     @nn.compact
@@ -163,7 +175,8 @@ class PatchEmbed(nn.Module):
         x = images.reshape(B, height // p, p, width // p, p, C).swapaxes(2, 3)
         x = x.reshape(B, (height // p) * (width // p), p, p, C)
         axes = (None, None, None, "embed")
-        options = {"use_bias": self.use_bias, "kernel_init": self.kernel_init, "dtype": self.dtype}
+        options = {"kernel_init": self.kernel_init, "bias_init": self.bias_init}
+        options["dtype"] = self.dtype
         return Projection((self.width,), axes, name="projection", **options)(x)
 
 

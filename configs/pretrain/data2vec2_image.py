@@ -3,18 +3,18 @@
     python -m bivl.train --config=configs/pretrain/data2vec2_image.py --workdir=DIR
         --config.data.dir=PREPARED_IMAGENET
 
-size=base    ImageNet-1k, 375,300 updates at batch 512 (150 epochs, the paper's; the shipped file's
-             16 GPUs x 16 images process half of that). No published score of ours to compare with.
-size=large   the same at 86.8 % top-1 after fine-tuning (paper abstract, 150 epochs).
+size=base    ImageNet-1k, 375,300 updates at batch 512 (150 epochs, as the paper says; the shipped
+             file's GPUs process half of that). No published score that we have read.
+size=large   the same; 86.8 % top-1 after fine-tuning (paper abstract, 150 epochs).
 size=huge    patch 14, 500,000 updates; the teacher stands still after 300,000.
 size=small   384 x 12 x 6, one GPU or TPU chip; no published score.
 size=tiny    128 x 4 x 4 on 64 px, two CPU cores; no published score.
 smoke        20 updates of `tiny` on synthetic images, under a minute on two CPU cores.
 
-Follows fairseq's `config/v2/base_images_only_task.yaml` and siblings. Two points are ours: ViT-B
-has 12 equal blocks of which the last 10 give targets (its file calls the first two a prenet), and
-the CLS loss has the explicit weight that its sum over rows amounts to (2.56 for 16 images x 16
-masks a GPU, 1.28 for 8 x 16).
+Follows fairseq's `config/v2/base_images_only_task.yaml` and siblings. What is ours: ViT-B has 12
+equal blocks of which the last 10 give targets (its file calls the first two a prenet); the CLS loss
+has an explicit weight, that of its sum over one GPU's rows (2.56 for 16 images x 16 masks, 1.28
+for 8 x 16); the teacher computes in float32; the collapse guards, off there, are on.
 """
 
 from configs import common

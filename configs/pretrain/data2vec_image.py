@@ -31,13 +31,19 @@ SIZES = {
 }
 
 
+def dimensions(size: str) -> tuple[int, int, int]:
+    """Width, depth and heads of a size."""
+    if size not in SIZES:
+        raise ValueError(f"size={size} is unknown; use one of {sorted(SIZES)}")
+    return SIZES[size][:3]
+
+
 def get_config(text=None):
     """Options: size=tiny|small|base|large, smoke."""
     chosen = common.options(text, {"size": "base", "smoke": False})
-    if chosen["size"] not in SIZES:
-        raise ValueError(f"size={chosen['size']} is unknown; use one of {sorted(SIZES)}")
     size = "tiny" if chosen["smoke"] else chosen["size"]
-    width, depth, heads, batch, rate, warmup, drop_path, attention_dropout, scale = SIZES[size]
+    width, depth, heads = dimensions(size)
+    batch, rate, warmup, drop_path, attention_dropout, scale = SIZES[size][3:]
     epoch = EPOCH // batch
 
     c = common.base()

@@ -84,7 +84,7 @@ def test_surplus_and_shortfall_are_made_up_at_random():
     for kept in (4, 30):
         ratio = 1 - (kept + 0.5) / 196
         draws = [
-            ~inverse_block_mask(Recorder(i, np.array([45])), GRID, ratio, 3, 0.1) for i in range(40)
+            ~inverse_block_mask(Recorder(i, np.array([46])), GRID, ratio, 3, 0.1) for i in range(40)
         ]
         assert all(draw.sum() == kept for draw in draws)
         inside = np.stack(draws)[:, block.reshape(-1)]

@@ -198,8 +198,8 @@ def test_noise_stands_in_masked_places_only(monkeypatch):
 def test_noise_reaches_visible_places_only_through_the_convolution():
     """With a kernel of 1 every place is on its own: noise then moves masked predictions alone."""
     params = decoder(lambda name: jnp.asarray(G[f"params/{name}"]))
-    params |= {f"conv{i}": {k: v[1:2, 1:2] for k, v in params[f"conv{i}"].items() if v.ndim == 4}
-               | {"bias": params[f"conv{i}"]["bias"]} for i in range(2)}  # fmt: skip
+    for layer in (params["conv0"], params["conv1"]):
+        layer["kernel"] = layer["kernel"][1:2, 1:2]
     kept = G["student/layers"][-1][:, 1:]
     quiet, first, second = (
         np.asarray(decode(DecoderConfig(32, 2, 1, 4, noise=noise), params, kept, key))
@@ -212,17 +212,21 @@ def test_noise_reaches_visible_places_only_through_the_convolution():
     assert (first[hidden] != second[hidden]).any(-1).all()
 
 
+@functools.cache
+def initial():
+    return nn.unbox(jax.jit(data2vec2.make(recorded_config()).init)(jax.random.key(0))[:2])
+
+
 def test_the_teacher_has_no_decoder_and_starts_as_the_student():
-    params, teacher, _ = data2vec2.make(recorded_config()).init(jax.random.key(0))
+    params, teacher = initial()
     assert set(params) - set(teacher) == {"decoder"}
     tracked = {name: params[name] for name in teacher}
     jax.tree.map(np.testing.assert_array_equal, tracked, teacher)
 
 
-def test_initial_decoder_and_patch_embedding_are_pytorchs():
-    """Kernels and biases of the decoder ~ U(-1, 1) / sqrt(fan in); CLS ~ N(0, 1)."""
-    config = recorded_config()
-    params = nn.unbox(jax.jit(data2vec2.make(config).init)(jax.random.key(0))[0])
+def test_initial_statistics():
+    """Decoder's kernels and biases ~ U(-1, 1) / sqrt(fan in), CLS ~ N(0, 1), patches xavier."""
+    params, _ = initial()
     fans = {"conv0": 9 * 8, "conv1": 9 * 8, "projection": 32}
     for name, fan in fans.items():
         for part in ("kernel", "bias"):
@@ -248,7 +252,7 @@ OURS = {  # trainable parameters of encoder and decoder
 
 @pytest.mark.parametrize("size", sorted(PUBLISHED))
 def test_parameter_counts(size):
-    """fairseq counts its frozen sin-cos table [T, D] as a parameter of the encoder; ours has none."""
+    """fairseq's encoder counts its frozen sin-cos table [T, D] as a parameter; ours has none."""
     config = configs.load(f"configs/pretrain/data2vec2_image.py:size={size}")
     with config.unlocked():
         config.batch_size = 1
