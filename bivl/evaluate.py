@@ -112,11 +112,6 @@ def build(config, objective, mesh):
     return run
 
 
-def summary(scalars: dict[str, float]) -> str:
-    """`name value` pairs on one line."""
-    return " ".join(f"{name}={value:.4f}" for name, value in sorted(scalars.items()))
-
-
 def write(results: dict, out: Path, title: str) -> dict[str, float]:
     """Writes evaluation.json, evaluation.md and pictures/NAME.png; returns the numbers."""
     from PIL import Image

@@ -267,7 +267,7 @@ def test_evaluation_in_two_processes_gives_the_same_numbers(start, pair, tmp_pat
 
 
 def test_sigterm_to_one_of_two_processes_stops_both_at_one_step(start, tmp_path):
-    changes = PAIR | {"steps": "100000", "checkpoint.every": "0", "evaluators": ""}
+    changes = PAIR | {"steps": "100000", "checkpoint.every": "1", "evaluators": ""}
     processes = start_pair(start, "train", arguments(tmp_path, changes))
     wait_for_updates(processes[0], tmp_path, 2)
     processes[1].terminate()

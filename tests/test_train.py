@@ -329,7 +329,9 @@ def test_init_takes_what_fits_and_names_the_rest(done, copy, tmp_path, caplog):
 
 
 def test_an_init_that_does_not_fit_is_refused_before_anything_is_written(done, tmp_path):
+    """Neither the width nor the bias table, which depends on heads and patches, is the same."""
     changes = {"init": str(done[0]), "model.width": "64", "model.num_heads": "4"}
+    changes |= {"model.mlp_dim": "128", "model.depth": "4"}
     with pytest.raises(UserError, match="no parameter of checkpoint"):
         train.train(runs.tiny(changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 from clu import metrics as clu_metrics
 from flax import struct
+from tensorboardX import summary as summaries
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 log = logging.getLogger("bivl")
@@ -48,18 +51,53 @@ def last_step(path: Path, limit: int) -> int:
     return max(step for step in steps if step <= limit)
 
 
+def summary(scalars: dict[str, float]) -> str:
+    """`name value` pairs on one line."""
+    return " ".join(f"{name}={value:.4f}" for name, value in sorted(scalars.items()))
+
+
+class Events:
+    """TensorBoard events, written before the call returns.
+
+    tensorboardX's SummaryWriter would hand them to a thread that dies on a full disk and then
+    blocks the run for good; its file writer, used here, raises.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        self._file = EventsWriter(str(workdir / "events"))
+        if step:  # a resumed run: what earlier files have from here on does not count
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write(step + 1, session_log=start)
+
+    def _write(self, step: int, **content) -> None:
+        self._file.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One event for each number."""
+        for name, value in values.items():
+            self._write(step, summary=summaries.scalar(name, value))
+        self._file.flush()
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """uint8 [H, W, 3]."""
+        self._write(step, summary=summaries.image(name, image, dataformats="HWC"))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
 class Writer:
     """Writes scalars and pictures of a run; only the process that holds `workdir` makes one."""
 
     def __init__(self, workdir: Path, step: int, config):
-        from tensorboardX import SummaryWriter
-
         self.workdir = workdir
         self._files = {}
         for name in ("metrics", "evaluations"):
             cut(workdir / f"{name}.jsonl", step)
             self._files[name] = open(workdir / f"{name}.jsonl", "a", buffering=1)  # noqa: SIM115
-        self._events = SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
+        self._events = Events(workdir, step)
         self._wandb = None
         if config.wandb:
             import wandb
@@ -73,8 +111,7 @@ class Writer:
         one event for each number."""
         finite = {k: v if np.isfinite(v) else None for k, v in values.items()}
         self._files[file].write(json.dumps({"step": step} | finite) + "\n")
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        self._events.scalars(step, values)
         if self._wandb:
             self._wandb.log(values, step=step)
 
@@ -85,7 +122,7 @@ class Writer:
         path = self.workdir / "pictures" / f"{name.removeprefix('pictures/')}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
-        self._events.add_image(name, image, step, dataformats="HWC")
+        self._events.picture(step, name, image)
 
     def close(self) -> None:
         """Flushes everything."""
