@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import io
 import logging
 import signal
 import sys
@@ -73,12 +74,18 @@ def run(main, argv=None) -> None:
         if "--debug" in argv:
             traceback.print_exc()
         line = " ".join(str(error).split()) or "interrupted"
-        print(f"error: {line}" if isinstance(error, UserError) else line, file=sys.stderr)
+        _say_last(f"error: {line}" if isinstance(error, UserError) else line)
         sys.exit(next(code for kind, code in codes.items() if isinstance(error, kind)))
     except Exception as error:
         traceback.print_exc()
-        print(f"failed: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        _say_last(f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
         sys.exit(1)
+
+
+def _say_last(line: str) -> None:
+    """The last line on standard error; what threads of libraries still report is dropped."""
+    print(line, file=sys.stderr, flush=True)
+    sys.stderr = io.StringIO()
 
 
 class Termination:

@@ -5,16 +5,13 @@ tokens alone; a small convolutional decoder fills in the rest. Paper: arXiv 2212
 fairseq `examples/data2vec/models/data2vec2.py` and `config/v2/`.
 """
 
-import importlib
-
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from bivl.core.objective import Objective
 from bivl.models.decoders import Decoder, DecoderConfig
 from bivl.models.transformer import Encoder, EncoderConfig
-from bivl.objectives import distillation, encoding
+from bivl.objectives import distillation
 
 
 class Data2Vec2(nn.Module):
@@ -44,63 +41,24 @@ class Data2Vec2(nn.Module):
 
 def make(config) -> Objective:
     """Reads `modality model decoder top_k_layers target loss ema_* dtype teacher_dtype`."""
-    distillation.check(config)
-    modality = importlib.import_module(f"bivl.modalities.{config.modality}")
-    spec, grid = modality.spec(config), modality.grid(config)
     decoding = DecoderConfig(**config.decoder)
 
-    def build(dtype):
+    def build(modality, dtype):
         embed, encoder = modality.make_embed(config, dtype), EncoderConfig.of(config.model, dtype)
-        model = Data2Vec2(embed, encoder, decoding, grid)
+        return Data2Vec2(embed, encoder, decoding, modality.grid(config))
 
-        def encode(params, batch, collect):
-            return model.apply({"params": params}, batch, collect=collect, method="encode")
-
-        return model, encode
-
-    student, encode = build(config.dtype)
-    teach = distillation.teacher_targets(build(config.teacher_dtype)[1], config)
-
-    def init(key):
-        batch = {name: jnp.zeros((1, *s.shape[1:]), s.dtype) for name, s in spec.items()}
-        params = student.init({"params": key, "dropout": key}, batch)["params"]
-        tracked = {name: tree for name, tree in params.items() if name != "decoder"}
-        return params, jax.tree.map(jnp.copy, tracked), {}
-
-    def targets(teacher, extras, batch, key):
-        values, encoded = teach(teacher, batch)
-        return {"values": values, "metrics": distillation.rank_metrics(encoded, values)}
-
-    def loss(params, extras, batch, targets, key):
+    def loss(model, params, batch, values, key):
         rngs = {"dropout": key}
-        prediction, special = student.apply(
-            {"params": params}, batch, deterministic=False, rngs=rngs
-        )
-        clones = batch["mask"].shape[1]
-        values = jnp.repeat(targets["values"], clones, axis=0)
+        prediction, special = model.apply({"params": params}, batch, deterministic=False, rngs=rngs)
+        values = jnp.repeat(values, batch["mask"].shape[1], axis=0)
         mask = batch["mask"].reshape(prediction.shape[:2])
         value, aux = distillation.masked_regression(prediction, values, mask, config)
-        metrics = aux["metrics"] | targets["metrics"]
         if config.loss.cls_weight:
-            metrics["cls_loss"] = cls_loss(special[:, 0], values, config.loss)
-            value = value + config.loss.cls_weight * metrics["cls_loss"]
-        return value, aux | {"metrics": metrics}
+            aux["metrics"]["cls_loss"] = cls_loss(special[:, 0], values, config.loss)
+            value = value + config.loss.cls_weight * aux["metrics"]["cls_loss"]
+        return value, aux
 
-    own_targets = distillation.teacher_targets(encode, config)
-    predict = encoding.predictions(encode, modality, config) | {
-        "targets": lambda params, extras, batch: own_targets(params, batch)[0]
-    }
-    return Objective(
-        spec,
-        init,
-        targets,
-        loss,
-        distillation.teacher_update(config),
-        predict,
-        modality.train_ops(config),
-        modality.eval_ops(config),
-        modality.preprocess(config),
-    )
+    return distillation.objective(config, build, loss, untracked=("decoder",))
 
 
 def cls_loss(cls, values, config):

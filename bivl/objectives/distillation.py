@@ -4,12 +4,16 @@ Order and constants: data2vec paper (arXiv 2202.03555) section 3.3 and fairseq's
 `models/data2vec_audio.py`, `models/data2vec2.py`.
 """
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 
 from bivl.core import collapse, ema
 from bivl.core.config import choice
 from bivl.core.errors import UserError
+from bivl.core.objective import Objective
+from bivl.objectives import encoding
 
 NORM_AXES = {"layer": (2,), "instance": (1,), "batch": (0, 1), "group": (1, 2)}
 
@@ -127,3 +131,43 @@ def teacher_update(config):
         return teacher, extras, {"ema_decay": 1 - rate(step)}
 
     return update
+
+
+def objective(config, build, loss, untracked=()) -> Objective:
+    """The objective of a model that regresses its own teacher's targets.
+
+    build(modality, dtype): the linen module, with a method `encode(batch, masked, deterministic,
+      collect) -> (Tokens, Encoded)`; calling it initialises everything.
+    loss(model, params, batch, values, key): -> loss, aux, from the targets [B, L, D].
+    untracked: top-level parameters that the teacher does without.
+    """
+    check(config)
+    modality = importlib.import_module(f"bivl.modalities.{config.modality}")
+    spec = modality.spec(config)
+    student, teacher = (build(modality, dtype) for dtype in (config.dtype, config.teacher_dtype))
+
+    def encoder(model):
+        return lambda params, batch, collect: model.apply(
+            {"params": params}, batch, collect=collect, method="encode"
+        )
+
+    teach, own = (teacher_targets(encoder(model), config) for model in (teacher, student))
+
+    def init(key):
+        batch = {name: jnp.zeros((1, *s.shape[1:]), s.dtype) for name, s in spec.items()}
+        params = student.init({"params": key, "dropout": key}, batch)["params"]
+        tracked = {name: tree for name, tree in params.items() if name not in untracked}
+        return params, jax.tree.map(jnp.copy, tracked), {}
+
+    def targets(teacher, extras, batch, key):
+        values, encoded = teach(teacher, batch)
+        return {"values": values, "metrics": rank_metrics(encoded, values)}
+
+    def total(params, extras, batch, targets, key):
+        value, aux = loss(student, params, batch, targets["values"], key)
+        return value, aux | {"metrics": aux["metrics"] | targets["metrics"]}
+
+    predict = encoding.predictions(encoder(student), modality, config)
+    predict["targets"] = lambda params, extras, batch: own(params, batch)[0]
+    ops = modality.train_ops(config), modality.eval_ops(config), modality.preprocess(config)
+    return Objective(spec, init, targets, total, teacher_update(config), predict, *ops)
