@@ -196,6 +196,15 @@ def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints_whole(start, st
     assert runs.losses(workdir) == runs.losses(straight)
 
 
+def test_a_disk_that_fills_with_metrics_ends_the_run(start, straight, tmp_path):
+    """Room for config.json, but not for the numbers of 40 updates."""
+    changes = KILLED | {"checkpoint.every": "0"}
+    last = finish(start("train", *arguments(tmp_path, changes), limit=16), 1)
+    assert last.startswith("failed:") and "File too large" in last
+    finish(start("train", *arguments(tmp_path, changes)))
+    assert runs.losses(tmp_path) == runs.losses(straight)
+
+
 # Several processes.
 
 PAIR = {
