@@ -121,10 +121,6 @@ TRAIN = {
         ["data.split", "'exam'"],
         {"eval_data.test.split": "exam", "evaluators": "knn"},
     ),
-    "evaluation batch": (
-        ["config.eval.batch_size=12"],
-        {"eval.batch_size": "12", "evaluators": "knn"},
-    ),
     "too many layers": (["config.top_k_layers=3", "model.depth=2"], {"top_k_layers": "3"}),
     "decay over one": (["config.ema_decay_end=1.5"], {"ema_decay_end": "1.5"}),
     "unknown dtype": (["config.dtype='float31'"], {"dtype": "float31"}),

@@ -5,10 +5,10 @@ import json
 import jax
 import numpy as np
 import pytest
-import runs
 from PIL import Image
 
 import bivl
+import runs
 from bivl import benchmark, embed, evaluate, train
 from bivl import model as models
 from bivl.core import checkpoint

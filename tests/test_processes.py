@@ -14,9 +14,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import runs
 
 import bivl
+import runs
 from bivl import evaluate, train
 from bivl.core import checkpoint
 

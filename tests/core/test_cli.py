@@ -92,7 +92,7 @@ FLAGS = {"--workdir": {"required": True}, "--step": {"type": int}}
 
 
 def parse(*argv):
-    base = lambda args: configs.from_dict({"steps": 3, "name": "x", "mesh": {"data": 1}})  # noqa: E731
+    base = lambda args, keys: configs.from_dict({"steps": 3, "name": "x", "mesh": {"data": 1}})  # noqa: E731
     return cli.parse(list(argv), "text", FLAGS, base)
 
 

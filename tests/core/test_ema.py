@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import data2vec_vision as golden
 
 from bivl.core import ema
+from golden import data2vec_vision as golden
 
 G = golden.load()
 

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden import data2vec_vision as golden
 
 from bivl.core import optimizer
 from bivl.core.errors import UserError
 from configs import common
+from golden import data2vec_vision as golden
 
 G = golden.load()
 NO_DECAY = common.base().optimizer.no_decay

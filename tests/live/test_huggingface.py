@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import data2vec_vision as golden
 
 import bivl
 from bivl import train
@@ -16,6 +15,7 @@ from bivl.core.state import State
 from bivl.modalities import image
 from bivl.models.transformer import EncoderConfig
 from bivl.objectives import data2vec
+from golden import data2vec_vision as golden
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import data2vec_vision as golden
 
 from bivl.core import config as configs
 from bivl.objectives import data2vec
+from golden import data2vec_vision as golden
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.live

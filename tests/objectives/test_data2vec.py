@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
-from golden import data2vec_vision as golden
 
+import runs
 from bivl.core import optimizer, sharding
 from bivl.core import step as steps
 from bivl.core.state import State
 from bivl.modalities import image
 from bivl.models.transformer import EncoderConfig
 from bivl.objectives import data2vec, distillation
+from golden import data2vec_vision as golden
 
 G = golden.load()
 PIPELINES = {  # recorded name: layer norms, norms of the mean, activation

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from golden import data2vec_vision
 
 from bivl.core import config as configs
 from bivl.modalities import image
@@ -18,6 +17,7 @@ from bivl.models.decoders import Decoder, DecoderConfig
 from bivl.models.positions import sincos_2d
 from bivl.models.transformer import EncoderConfig
 from bivl.objectives import data2vec2, distillation
+from golden import data2vec_vision
 
 with np.load(data2vec_vision.FILE.with_name("data2vec2_vision.npz"), allow_pickle=False) as file:
     G = dict(file)
