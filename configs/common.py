@@ -84,5 +84,5 @@ def options(text: str | None, known: dict) -> dict:
         name, _, value = part.partition("=")
         if name not in known:
             raise ValueError(f"option {name!r} is unknown; this config has {sorted(known)}")
-        chosen[name] = value or True
+        chosen[name] = {"": True, "true": True, "false": False}.get(value.lower(), value)
     return chosen

@@ -1,5 +1,6 @@
 """Trained models in use: bivl.load, evaluate, embed and benchmark, in process."""
 
+import argparse
 import json
 
 import jax
@@ -11,7 +12,7 @@ import bivl
 import runs
 from bivl import benchmark, embed, evaluate, train
 from bivl import model as models
-from bivl.core import checkpoint
+from bivl.core import checkpoint, sharding
 from bivl.core.errors import UserError
 from bivl.data import sources
 
@@ -219,3 +220,17 @@ def test_benchmark_reports_in_text_and_json(capsys):
 
 def test_numbered_folders_are_found_newest_first(trained):
     assert checkpoint.numbered(trained[0] / "checkpoints") == [2, 1]
+
+
+def test_the_evaluation_batch_is_rounded_up_to_the_devices():
+    config = runs.tiny({"eval.batch_size": "12"})
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
+    assert evaluate.batch_size(config, mesh) == 16
+
+
+def test_embed_replaces_the_saved_data_whole(trained):
+    args = argparse.Namespace(checkpoint=str(trained[0]), step=None)
+    kept = embed.saved_config(args, ["loader.threads"]).data
+    assert kept.kind == "synthetic"
+    blank = embed.saved_config(args, ["data.dir"]).data
+    assert (blank.kind, blank.name, blank.split, blank.fields.image) == ("", "", "train", "")
