@@ -108,14 +108,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(dict(RULES)["batch"]))
 
 
-def check_batch(batch_size: int, accumulate: int, mesh: Mesh, key: str = "batch_size") -> None:
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     """UserError unless every device gets the same whole number of examples in each micro-batch."""
     if accumulate < 1:
         raise UserError(f"config.optimizer.accumulate={accumulate} must be at least 1")
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
     if batch_size < 1 or batch_size % parts:
         raise UserError(
-            f"config.{key}={batch_size} is not a multiple of {parts} (mesh.data x mesh.fsdp x "
+            f"config.batch_size={batch_size} is not a multiple of {parts} (mesh.data x mesh.fsdp x "
             f"optimizer.accumulate); use {max(1, round(batch_size / parts)) * parts}"
         )
 

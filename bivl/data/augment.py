@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, UnidentifiedImageError
 
 MAX_PIXELS = 2**26
 # A fixed list, since other Pillow plugins start programs (EPS) or are rarely exercised.
@@ -58,6 +58,8 @@ def decode_image(value) -> np.ndarray:
             return _image_to_rgb(image)
     except UndecodableImage:
         raise
+    except UnidentifiedImageError as error:
+        raise UndecodableImage("this is no image of a known format") from error
     except Exception as error:  # Pillow raises a dozen types on damaged files
         raise UndecodableImage(f"{type(error).__name__}: {error}") from error
 

@@ -20,6 +20,7 @@ from bivl.core.errors import UserError
 from bivl.data.augment import UndecodableImage
 
 _REPLACED = "_replaced"
+_NAMED: set[str] = set()  # what this process has named in the log as undecodable
 Batch = dict[str, np.ndarray]
 
 
@@ -181,8 +182,12 @@ class _Reader:
     def _note(self, index: int, reason: str):
         if self.bad.setdefault(index, reason) is not reason:
             return  # another thread was faster
-        where = getattr(self.source, "where", lambda i: f"record {i}")
-        logging.warning("cannot decode %s (index %d): %s", where(index), index, reason)
+        where = getattr(self.source, "where", None)
+        name = where(index) if where else f"record {index}"
+        if where and name in _NAMED:
+            return  # by an earlier pass over the same data
+        _NAMED.add(name)
+        logging.warning("cannot decode %s (index %d): %s", name, index, reason)
 
 
 @dataclasses.dataclass(frozen=True)
