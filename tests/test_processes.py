@@ -47,6 +47,8 @@ def start(tmp_path_factory):
         log = logs / str(len(started))
         with open(f"{log}.out", "w") as out, open(f"{log}.err", "w") as err:
             env = os.environ | common | {"XLA_FLAGS": flags}
+            if limit:  # which would count for the logs as well
+                out = err = subprocess.PIPE
             process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err)
         process.log = log
         started.append(process)
@@ -68,7 +70,9 @@ def arguments(workdir, changes=()):
 
 def finish(process, code=0):
     """Waits for a process and checks its exit code; returns the last line of its stderr."""
-    process.wait(TIMEOUT)
+    for kind, piped in zip(("out", "err"), process.communicate(timeout=TIMEOUT), strict=True):
+        if piped is not None:
+            Path(f"{process.log}.{kind}").write_bytes(piped)
     errors = Path(f"{process.log}.err").read_text()
     output = Path(f"{process.log}.out").read_text()
     assert process.returncode == code, f"{output[-2000:]}\n{errors[-4000:]}"

@@ -70,7 +70,6 @@ def run(main, argv=None) -> None:
     try:
         main(argv)
     except tuple(codes) as error:
-        sys.stdout.flush()
         if "--debug" in argv:
             traceback.print_exc()
         line = " ".join(str(error).split()) or "interrupted"
@@ -83,9 +82,15 @@ def run(main, argv=None) -> None:
 
 
 def _say_last(line: str) -> None:
-    """The last line on standard error; what threads of libraries still report is dropped."""
-    print(line, file=sys.stderr, flush=True)
-    sys.stderr = io.StringIO()
+    """The last line on standard error; what threads of libraries still report is dropped.
+
+    Nor may a log on the disk that is full change the exit code, as a failing flush at exit would.
+    """
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+    sys.stdout = sys.stderr = io.StringIO()
 
 
 class Termination:
