@@ -13,6 +13,7 @@ from bivl import evaluate, model
 from bivl.core import checkpoint, cli, distributed
 from bivl.core import config as configs
 from bivl.core.errors import UserError
+from bivl.data import sources
 from bivl.evaluators.features import Splits, extract
 
 log = logging.getLogger("bivl")
@@ -44,10 +45,10 @@ def main(argv) -> None:
         raise UserError(f"--out={out} cannot be written; its folder must exist")
     step_dir = checkpoint.find(args.checkpoint, args.step)
     objective, mesh, params, extras = model.restore(step_dir, config)
-    size, data = evaluate.batch_size(config, mesh), config.data.to_dict()
+    size, source = evaluate.batch_size(config, mesh), sources.open_source(config.data)
 
     def batches(split):
-        return evaluate.split_batches(config, objective, mesh, data, size)
+        return evaluate.split_batches(config, objective, mesh, source, size)
 
     predict = evaluate.make_predict(objective, mesh)
     found = extract(predict, Splits(batches, None), "data", params, extras)

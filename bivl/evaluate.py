@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from bivl import model
-from bivl.core import checkpoint, cli, distributed, sharding
+from bivl.core import checkpoint, cli, distributed, metrics, sharding
 from bivl.core.errors import UserError
 from bivl.data import pipeline, sources
 from bivl.evaluators.features import HOST_KEYS, Splits
@@ -33,9 +33,8 @@ def data_of(config, split: str):
     return chosen if chosen["kind"] else config.data.to_dict() | {"split": chosen["split"]}
 
 
-def split_batches(config, objective, mesh, data, size: int):
-    """One pass over a data mapping: global device arrays for the model, numpy label, id, mask."""
-    source = sources.open_source(data)
+def split_batches(config, objective, mesh, source, size: int):
+    """One pass over a source: global device arrays for the model, numpy label, id, mask."""
     rows = sharding.local_rows(size, mesh)
     threads = config.loader.threads
     for batch in pipeline.eval_batches(
@@ -66,7 +65,7 @@ def make_splits(config, objective, mesh, needs) -> Splits:
     size = batch_size(config, mesh)
 
     def batches(split):
-        return split_batches(config, objective, mesh, data_of(config, split), size)
+        return split_batches(config, objective, mesh, opened[split], size)
 
     def examples(count):
         options = {"seed": config.seed, "batch_size": count, "rows": range(count), "start": 0}
@@ -114,8 +113,6 @@ def build(config, objective, mesh):
 
 def write(results: dict, out: Path, title: str) -> dict[str, float]:
     """Writes evaluation.json, evaluation.md and pictures/NAME.png; returns the numbers."""
-    from PIL import Image
-
     out.mkdir(parents=True, exist_ok=True)
     scalars = {k: float(v) for k, v in sorted(results.items()) if not isinstance(v, np.ndarray)}
     rows = [f"| {name} | {value:.4f} |" for name, value in scalars.items()]
@@ -124,9 +121,7 @@ def write(results: dict, out: Path, title: str) -> dict[str, float]:
     (out / "evaluation.md").write_text("\n".join(lines))
     for name, value in results.items():
         if isinstance(value, np.ndarray):
-            path = out / "pictures" / f"{name.removeprefix('pictures/')}.png"
-            path.parent.mkdir(exist_ok=True)
-            Image.fromarray(value).save(path)
+            metrics.save_picture(out, name, value)
     return scalars
 
 

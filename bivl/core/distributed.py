@@ -45,11 +45,11 @@ def start(args) -> None:
         log.info("process %d of %d", jax.process_index(), jax.process_count())
 
 
-def to_host(x) -> np.ndarray:
-    """A global array -> numpy, whole, on every process."""
-    if jax.process_count() == 1:
-        return np.asarray(x)
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+def to_host(tree):
+    """Global arrays in any pytree -> numpy, whole, the same in every process."""
+    if jax.process_count() > 1:
+        tree = multihost_utils.process_allgather(tree, tiled=True)
+    return jax.tree.map(np.asarray, tree)
 
 
 def total(value: int) -> int:

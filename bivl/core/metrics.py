@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from clu import metrics as clu_metrics
 from flax import struct
+from PIL import Image
 from tensorboardX import summary as summaries
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
@@ -54,6 +55,13 @@ def last_step(path: Path, limit: int) -> int:
 def summary(scalars: dict[str, float]) -> str:
     """`name value` pairs on one line."""
     return " ".join(f"{name}={value:.4f}" for name, value in sorted(scalars.items()))
+
+
+def save_picture(folder: Path, name: str, image: np.ndarray) -> None:
+    """uint8 [H, W, 3] -> FOLDER/pictures/NAME.png."""
+    path = folder / "pictures" / f"{name.removeprefix('pictures/')}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
 
 
 class Events:
@@ -117,11 +125,7 @@ class Writer:
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """uint8 [H, W, 3] -> pictures/NAME.png (the newest) and an event."""
-        from PIL import Image
-
-        path = self.workdir / "pictures" / f"{name.removeprefix('pictures/')}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
+        save_picture(self.workdir, name, image)
         self._events.picture(step, name, image)
 
     def close(self) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from bivl.core.distributed import to_host
 from bivl.core.errors import GuardStop, UserError
 
 HOST_KEYS = ("label", "id", "mask")  # the numpy part of a batch; models never see it
@@ -44,13 +44,6 @@ class Features:
     features: np.ndarray
     labels: Any
     ids: np.ndarray
-
-
-def gather(tree):
-    """Global device arrays in any pytree -> numpy, whole, the same in every process."""
-    if jax.process_count() > 1:
-        tree = multihost_utils.process_allgather(tree, tiled=True)
-    return jax.tree.map(np.asarray, tree)
 
 
 def model_inputs(batch):
@@ -89,7 +82,7 @@ def _one_pass(function, splits, split, params, extras):
     features, labels, ids, pending = [], [], [], None
 
     def collect(output, mask):
-        features.append(gather(output)[mask].astype(np.float32))
+        features.append(to_host(output)[mask].astype(np.float32))
 
     for batch in splits.batches(split):
         mask = np.asarray(batch["mask"], bool)

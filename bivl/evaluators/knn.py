@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bivl.core.distributed import to_host
 from bivl.core.errors import UserError
 from bivl.evaluators import features
 
@@ -117,7 +118,7 @@ def _thumbnails(splits, split):
                 f"config.eval.knn.floors needs images and eval_data.{split} has none; set it to "
                 "False"
             )
-        rows.append(features.gather(_shrink(batch["image"]))[np.asarray(batch["mask"], bool)])
+        rows.append(to_host(_shrink(batch["image"]))[np.asarray(batch["mask"], bool)])
     return np.concatenate(rows)
 
 

@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from bivl.core.distributed import to_host
 from bivl.core.errors import UserError
 from bivl.evaluators import features
 from bivl.evaluators.curves import DPI, FAINT, INK, render
@@ -64,10 +65,10 @@ def _first(predict, splits, count, params, extras):
             )
         mask = np.asarray(batch["mask"], bool)
         inputs = features.model_inputs(batch)
-        parts["image"].append(raw_image(features.gather(inputs["image"])[mask]))
+        parts["image"].append(raw_image(to_host(inputs["image"])[mask]))
         for name in FIELDS:
             if name in predict:
-                values = features.gather(predict[name](params, extras, inputs))[mask]
+                values = to_host(predict[name](params, extras, inputs))[mask]
                 parts.setdefault(name, []).append(values.astype(np.float32))
         labels = np.asarray(batch.get("label", np.full(len(mask), -1)))[mask]
         parts["names"].append([_name(label, splits.classes) for label in labels])
