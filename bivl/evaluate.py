@@ -69,10 +69,16 @@ def make_splits(config, objective, mesh, needs) -> Splits:
 
     def examples(count):
         options = {"seed": config.seed, "batch_size": count, "rows": range(count), "start": 0}
-        source = sources.open_source(config.data)
+        source = objective.examples(sources.open_source(config.data))
         return next(iter(pipeline.train_batches(source, objective.train_ops, **options)))[0]
 
-    return Splits(batches, opened["train"].classes, examples)
+    def masked(split):
+        options = {"seed": config.seed, "batch_size": size, "start": 0}
+        rows, source = sharding.local_rows(size, mesh), objective.examples(opened[split])
+        for batch, _ in pipeline.train_batches(source, objective.train_ops, rows=rows, **options):
+            yield sharding.to_global(batch, mesh, size)
+
+    return Splits(batches, opened["train"].classes, examples, masked)
 
 
 def make_predict(objective, mesh) -> dict:

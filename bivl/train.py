@@ -77,7 +77,7 @@ def build(config, devices=None) -> Program:
 def open_batches(config, program: Program, start: int):
     """The stream of (batch, records replaced) from batch number `start` on."""
     return pipeline.train_batches(
-        sources.open_source(config.data),
+        program.objective.examples(sources.open_source(config.data)),
         program.objective.train_ops,
         seed=config.seed,
         batch_size=config.batch_size,
@@ -90,7 +90,7 @@ def open_batches(config, program: Program, start: int):
 
 def check_example(config, program: Program) -> None:
     """One example through the pipeline: a wrong field or shape shows before anything is written."""
-    source = sources.open_source(config.data)
+    source = program.objective.examples(sources.open_source(config.data))
     options = {"seed": config.seed, "batch_size": 1, "rows": range(1), "start": 0, "threads": 0}
     batch, _ = next(iter(pipeline.train_batches(source, program.objective.train_ops, **options)))
     for name, spec in program.objective.spec.items():

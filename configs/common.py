@@ -14,7 +14,8 @@ DATA = {
     "num_examples": 0,
     "image_size": 32,
     "fields": {
-        name: "" for name in ("image", "text", "audio", "label", "question", "answer", "id")
+        name: ""
+        for name in ("image", "text", "text_pair", "audio", "label", "question", "answer", "id")
     },
 }
 
@@ -49,6 +50,10 @@ def base() -> ConfigDict:
                 "linear": {"max_iterations": 200, "l2": tuple(10.0**-i for i in range(-1, 8))},
                 "fewshot": {"shots": (1, 5, 10, 25), "seeds": 3, "ridge": 1024.0},
                 "pictures": {"num_images": 8},
+                "accuracy": {},
+                "glue": {"task": ""},
+                "cloze": {"positions": 20_000, "max_iterations": 50},
+                "wer": {"decoder": "greedy", "width": 32, "lm": "", "alpha": 0.5, "beta": 1.0},
             },
             "optimizer": {
                 "schedule": "cosine",  # or constant, polynomial, tri_stage
@@ -64,12 +69,56 @@ def base() -> ConfigDict:
                 "no_decay": "bias|scale|cls_token|norm",  # paths (regex) without weight decay
                 "clip_norm": 0.0,  # global norm; 0: none
                 "layer_decay": 1.0,
+                "layer_decay_embed": True,  # False: the embedding keeps the full rate
+                "freeze": "",  # paths (regex) of parameters that stand still ...
+                "freeze_steps": 0,  # ... for so many updates
                 "accumulate": 1,  # micro-batches an update
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "checkpoint": {"every": 1000, "keep": 2},
             "guard": {"target_std": 0.1, "prediction_std": 0.01, "after": 5000, "patience": 100},
             "wandb": "",  # W&B project to log to, where wandb is installed
+        }
+    )
+
+
+def transformer(width: int, depth: int, heads: int, **changes) -> dict:
+    """An encoder as data2vec 1.0 on text and speech and all of 2.0 have it: BERT's post-norm."""
+    return {
+        "width": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_dim": 4 * width,
+        "norm": "post",  # or pre, sub
+        "eps": 1e-5,
+        "qkv_bias": "qkv",
+        "layer_scale": 0.0,
+        "drop_path": 0.0,
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+        "activation_dropout": 0.0,
+        "layer_drop": 0.0,
+        "init": "normal",
+        "depth_rescale": False,
+        "input_norm": False,
+        "final_norm": False,
+        "scan": depth > 4,  # one layer's program for all: quick to compile on TPU
+        "remat": "none",  # or full, dots
+        **changes,
+    }
+
+
+def fairseq_adam(c: ConfigDict, rate: float, warmup: int, clip: float) -> None:
+    """The optimizer of data2vec on text and speech: every parameter is decayed."""
+    c.optimizer.update(
+        {
+            "learning_rate": rate,
+            "warmup_steps": warmup,
+            "beta2": 0.98,
+            "eps": 1e-6,
+            "weight_decay": 0.01,
+            "no_decay": "^$",
+            "clip_norm": clip,
         }
     )
 

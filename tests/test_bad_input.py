@@ -14,8 +14,7 @@ from bivl.core import checkpoint, cli, sharding
 from bivl.core import config as configs
 from bivl.core import workdir as workdirs
 from bivl.data import sources
-from bivl.data.sources import ArrayRows
-from bivl.data.table import Column, Table
+from bivl.data.table import ArrayRows, Column, Table
 
 CONFIG = str(Path(__file__).parents[1] / "configs/pretrain/data2vec_image.py")
 TINY = {

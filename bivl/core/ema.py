@@ -23,22 +23,40 @@ def update_rate(start: float, end: float, anneal_steps: int) -> Callable[[jax.Ar
     return rate
 
 
-def track(teacher, params, rate: jax.Array, copied: Callable[[tuple], bool] = lambda path: False):
+def track(teacher, params, rate: jax.Array):
     """One EMA step, T <- T + rate * (S - T), in float32.
 
     The form with the difference, unlike tau * T + (1 - tau) * S, does not drift when tau and
-    1 - tau are rounded apart. `teacher` may hold a part of the tree of `params`. Leaves for whose
-    key path `copied` is true are taken over verbatim. A rate of exactly 0 freezes the teacher,
-    copies included.
+    1 - tau are rounded apart. `teacher` may hold a part of the tree of `params`.
     """
 
     def leaf(path, old):
         new = params
         for key in path:
             new = new[key.key]
-        new = new.astype(jnp.float32)
-        if not copied(tuple(key.key for key in path)):
-            new = old + rate * (new - old)
-        return jnp.where(rate > 0, new, old)
+        return old + rate * (new.astype(jnp.float32) - old)
 
     return jax.tree_util.tree_map_with_path(leaf, teacher)
+
+
+def without(tree, prefixes: tuple[str, ...]):
+    """Nested dict -> the same without the subtrees that `prefixes` (`a/b`, whole names) name."""
+
+    def prune(node, path):
+        if not isinstance(node, dict):
+            return node
+        kept = [key for key in node if f"{path}{key}" not in prefixes]
+        pruned = {key: prune(node[key], f"{path}{key}/") for key in kept}
+        return {key: x for key, x in pruned.items() if not isinstance(x, dict) or x}
+
+    return prune(tree, "")
+
+
+def completed(teacher, params):
+    """The teacher with what it lacks taken from the student: nested dicts shaped like `params`."""
+    if not isinstance(params, dict):
+        return teacher
+    return {
+        key: completed(teacher[key], value) if key in teacher else value
+        for key, value in params.items()
+    }

@@ -1,4 +1,4 @@
-"""How a run ends early: each class is one exit code of the command line."""
+"""How a run ends early, each class one exit code of the command line; and what ends a record."""
 
 
 class UserError(Exception):
@@ -11,3 +11,7 @@ class GuardStop(Exception):
 
 class Terminated(Exception):
     """SIGTERM or a preemption notice (exit code 143). State is saved."""
+
+
+class Undecodable(ValueError):
+    """A record holds no readable image or sound; the pipeline replaces it by the next good one."""

@@ -27,8 +27,9 @@ class Objective:
     """Shapes and dtypes of the global batch."""
     init: Callable[[jax.Array], tuple[PyTree, PyTree, PyTree]]
     """key -> params, teacher, extras; leaves may be boxed with their logical axes."""
-    targets: Callable[[PyTree, PyTree, Batch, jax.Array], PyTree]
-    """(teacher, extras, batch, key) -> targets."""
+    targets: Callable[[PyTree, PyTree, PyTree, Batch, jax.Array], PyTree]
+    """(params, teacher, extras, batch, key) -> targets; key is the one that `loss` gets, so that
+    what both draw from it is the same, and what both compute is computed once."""
     loss: Callable[[PyTree, PyTree, Batch, PyTree, jax.Array], tuple[jax.Array, dict]]
     """(params, extras, batch, targets, key) -> loss, aux."""
     update: Callable[[PyTree, PyTree, PyTree, dict, jax.Array], tuple[PyTree, PyTree, dict]]
@@ -41,3 +42,5 @@ class Objective:
     """record -> one example, deterministic; keeps `label` and `id` where the record has them."""
     preprocess: Callable[..., dict]
     """Raw inputs by modality name (image=[...], text=[...]) -> numpy batch for `predict`."""
+    examples: Callable[[Any], Any] = lambda source: source
+    """Source of records -> source of what `train_ops` takes; texts are packed into blocks here."""

@@ -79,11 +79,12 @@ def decay_mask(params, exclude: str):
     return jax.tree_util.tree_map_with_path(lambda p, _: not pattern.search(_path(p)), params)
 
 
-def layer_scales(params, decay: float):
+def layer_scales(params, decay: float, embed: bool = True):
     """Rate factors decay^(N + 1 - id) for a tree whose `blocks` leaves are stacked [N, ...].
 
     id 0: everything under `embed` but a shared bias table; i + 1: block i; N + 1: the rest (norm,
-    head, bias table), as in BEiT's `optim_factory.py`. Returns a tree of arrays that broadcast.
+    head, bias table), as in BEiT's `optim_factory.py`. With `embed` False the embedding counts as
+    the rest, as in fairseq's `mae_image_classification.py`. A tree of arrays that broadcast.
     """
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     depth = max((leaf.shape[0] for path, leaf in flat if "blocks" in _path(path)), default=0)
@@ -93,42 +94,72 @@ def layer_scales(params, decay: float):
         if "blocks" in name:
             ids = jnp.arange(depth).reshape(-1, *[1] * (value.ndim - 1)) + 1
         else:
-            ids = 0 if name.startswith("embed/") and "relative_position" not in name else depth + 1
+            first = embed and name.startswith("embed/") and "relative_position" not in name
+            ids = 0 if first else depth + 1
         return jnp.float32(decay) ** (depth + 1 - ids)
 
     return jax.tree_util.tree_map_with_path(leaf, params)
 
 
-def scale_by_layer(decay: float) -> optax.GradientTransformation:
+def scale_by_layer(decay: float, embed: bool = True) -> optax.GradientTransformation:
     """Multiplies updates by `layer_scales`."""
 
     def update(updates, state, params=None):
-        scales = layer_scales(updates, decay)
+        scales = layer_scales(updates, decay, embed)
         return jax.tree.map(lambda u, s: u * s, updates, scales), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def hold(pattern: str, steps: int) -> optax.GradientTransformation:
+    """Zeroes the updates of parameters whose path `pattern` finds, for the first `steps` calls."""
+
+    def update(updates, count, params=None):
+        def leaf(path, u):
+            return jnp.where(count < steps, 0, u) if re.search(pattern, _path(path)) else u
+
+        return jax.tree_util.tree_map_with_path(leaf, updates), count + 1
+
+    return optax.GradientTransformation(lambda params: jnp.int32(0), update)
+
+
+def _late_adam(config):
+    """Adam whose moments and counts of frozen parameters begin when those begin to move."""
+    adam = lambda: optax.scale_by_adam(config.beta1, config.beta2, config.eps)  # noqa: E731
+    if not config.freeze_steps:
+        return adam()
+    late = optax.conditionally_mask(adam(), lambda step: step >= config.freeze_steps)
+    return optax.partition(
+        {"late": late, "free": adam()},
+        lambda params: jax.tree_util.tree_map_with_path(
+            lambda p, _: "late" if re.search(config.freeze, _path(p)) else "free", params
+        ),
+    )
+
+
 def make_optimizer(config, schedule) -> optax.GradientTransformation:
     """`config.optimizer` -> clip by global norm, Adam, decoupled decay, layer decay, -lr.
 
-    Decoupled decay is lr * weight_decay * p, as in torch.optim.AdamW and fairseq's "adam".
+    Decoupled decay is lr * weight_decay * p, as in torch.optim.AdamW and fairseq's "adam". What
+    `freeze` (a regex of paths) finds stands still for the first `freeze_steps` updates.
     """
     for key in ("beta1", "beta2"):
         if not config[key] < 1:
             raise UserError(f"config.optimizer.{key}={config[key]} must lie in [0, 1)")
-    try:
-        re.compile(config.no_decay)
-    except re.error as error:
-        raise UserError(
-            f"config.optimizer.no_decay={config.no_decay!r} is no regex ({error}); correct it"
-        ) from error
-    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    parts.append(optax.scale_by_adam(config.beta1, config.beta2, config.eps))
+    for key in ("no_decay", "freeze"):
+        try:
+            re.compile(config[key])
+        except re.error as error:
+            raise UserError(
+                f"config.optimizer.{key}={config[key]!r} is no regex ({error}); correct it"
+            ) from error
+    held = [hold(config.freeze, config.freeze_steps)] if config.freeze_steps else []
+    parts = [*held, optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else [*held]
+    parts.append(_late_adam(config))
     if config.weight_decay:
         mask = lambda params: decay_mask(params, config.no_decay)  # noqa: E731
         parts.append(optax.add_decayed_weights(config.weight_decay, mask))
     if config.layer_decay != 1.0:
-        parts.append(scale_by_layer(config.layer_decay))
+        parts.append(scale_by_layer(config.layer_decay, config.layer_decay_embed))
     parts.append(optax.scale_by_learning_rate(schedule))
-    return optax.chain(*parts)
+    return optax.chain(*parts, *held)

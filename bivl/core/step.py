@@ -21,11 +21,10 @@ def _micro_batches(batch, accumulate: int):
 
 
 def _loss_and_grads(objective: Objective, state: State, batch, key):
-    key_targets, key_loss = jax.random.split(key)
-    targets = objective.targets(state.teacher, state.extras, batch, key_targets)
+    targets = objective.targets(state.params, state.teacher, state.extras, batch, key)
     targets = jax.lax.stop_gradient(targets)
     grad_fn = jax.value_and_grad(objective.loss, has_aux=True)
-    (loss, aux), grads = grad_fn(state.params, state.extras, batch, targets, key_loss)
+    (loss, aux), grads = grad_fn(state.params, state.extras, batch, targets, key)
     aux["metrics"] = {"loss": loss, **aux["metrics"]}
     return aux, grads
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageEnhance, UnidentifiedImageError
 
+from bivl.core.errors import Undecodable
+
 MAX_PIXELS = 2**26
 # A fixed list, since other Pillow plugins start programs (EPS) or are rarely exercised.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -27,10 +29,6 @@ _TRANSPOSE = {
 }
 
 
-class UndecodableImage(ValueError):  # noqa: N818 (it names a state of the data, as GuardStop does)
-    """This record holds no image that can be decoded; the pipeline replaces it and goes on."""
-
-
 def decode_image(value) -> np.ndarray:
     """Decodes to uint8 RGB [H, W, 3]; the first frame of an animation.
 
@@ -42,7 +40,7 @@ def decode_image(value) -> np.ndarray:
         [H, W, 1 | 2 | 3 | 4].
 
     Raises:
-      UndecodableImage: damaged or truncated data, an unknown format, more than 2**26 pixels
+      Undecodable: damaged or truncated data, an unknown format, more than 2**26 pixels
         (checked before the pixels are decoded), an empty image, float or 32 bit pixels.
     """
     try:
@@ -53,27 +51,27 @@ def decode_image(value) -> np.ndarray:
         if isinstance(value, (bytes, bytearray, memoryview)):
             value = io.BytesIO(value)
         elif not isinstance(value, (str, os.PathLike)):
-            raise UndecodableImage(f"a {type(value).__name__} is no image")
+            raise Undecodable(f"a {type(value).__name__} is no image")
         with Image.open(value, formats=_FORMATS) as image:
             return _image_to_rgb(image)
-    except UndecodableImage:
+    except Undecodable:
         raise
     except UnidentifiedImageError as error:
-        raise UndecodableImage("this is no image of a known format") from error
+        raise Undecodable("this is no image of a known format") from error
     except Exception as error:  # Pillow raises a dozen types on damaged files
-        raise UndecodableImage(f"{type(error).__name__}: {error}") from error
+        raise Undecodable(f"{type(error).__name__}: {error}") from error
 
 
 def _check_size(height: int, width: int):
     if height * width > MAX_PIXELS:
-        raise UndecodableImage(f"{width}x{height} pixels are over the limit of {MAX_PIXELS}")
+        raise Undecodable(f"{width}x{height} pixels are over the limit of {MAX_PIXELS}")
     if height * width == 0:
-        raise UndecodableImage(f"an image of {width}x{height} pixels is empty")
+        raise Undecodable(f"an image of {width}x{height} pixels is empty")
 
 
 def _array_to_rgb(array: np.ndarray) -> np.ndarray:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 2, 3, 4)):
-        raise UndecodableImage(f"an array of shape {array.shape} is no image [H, W] or [H, W, C]")
+        raise Undecodable(f"an array of shape {array.shape} is no image [H, W] or [H, W, C]")
     _check_size(*array.shape[:2])
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
@@ -81,7 +79,7 @@ def _array_to_rgb(array: np.ndarray) -> np.ndarray:
         return array
     if array.dtype == np.uint8 or (array.dtype == np.uint16 and array.ndim == 2):
         return _image_to_rgb(Image.fromarray(np.ascontiguousarray(array)))
-    raise UndecodableImage(f"pixels of type {array.dtype} are not supported, use uint8")
+    raise Undecodable(f"pixels of type {array.dtype} are not supported, use uint8")
 
 
 def _image_to_rgb(image: Image.Image) -> np.ndarray:
@@ -111,7 +109,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     """Scales 16 bit grey to 8 bit; Pillow's own conversion would clip at 255."""
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise UndecodableImage(f"pixels of mode {image.mode} (32 bit) are not supported")
+        raise Undecodable(f"pixels of mode {image.mode} (32 bit) are not supported")
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 

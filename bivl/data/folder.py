@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from bivl.core.errors import UserError
-from bivl.data.augment import UndecodableImage
+from bivl.core.errors import Undecodable, UserError
 from bivl.data.table import Column, Table, refuse_name, setting, split_names, split_ranges
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -79,9 +78,9 @@ def _read(path: str) -> bytes:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UndecodableImage(f"{type(error).__name__}: {error.strerror}") from error
+        raise Undecodable(f"{type(error).__name__}: {error.strerror}") from error
     if len(data) > MAX_BYTES:
-        raise UndecodableImage(f"the file is larger than {MAX_BYTES} bytes")
+        raise Undecodable(f"the file is larger than {MAX_BYTES} bytes")
     return data
 
 

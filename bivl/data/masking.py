@@ -7,8 +7,12 @@ positions in order. True = masked everywhere.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+
+from bivl.core.errors import UserError
+from bivl.data.table import refuse_name
 
 _ATTEMPTS = 10
 
@@ -134,21 +138,21 @@ def random_mask(rng: np.random.Generator, total: int, mask_ratio: float) -> np.n
     return mask
 
 
-def block_sampler(grid, ratio: float, min_block: int) -> Callable:
+def block_sampler(ratio: float, grid, min_block: int) -> Callable:
     """One BEiT block mask an example, of at most round(ratio L) positions."""
     count = max(1, round(ratio * math.prod(grid)))
     return lambda rng: {"mask": block_mask(rng, grid, count, min_block).reshape(-1)}
 
 
 def inverse_block_sampler(
-    grid, ratio: float, num_masks: int, block: int, adjust: float, inverse: bool = True
+    ratio: float, grid, num_masks: int, block: int, adjust: float, inverse: bool = True
 ) -> Callable:
     """`num_masks` inverse block masks an example."""
     draw = lambda rng: inverse_block_mask(rng, grid, ratio, block, adjust, inverse)  # noqa: E731
     return lambda rng: _clones([draw(rng) for _ in range(num_masks)])
 
 
-def random_sampler(grid, ratio: float, num_masks: int) -> Callable:
+def random_sampler(ratio: float, grid, num_masks: int) -> Callable:
     """`num_masks` uniform masks an example."""
     total = math.prod(grid)
     return lambda rng: _clones([random_mask(rng, total, ratio) for _ in range(num_masks)])
@@ -159,8 +163,28 @@ def _clones(masks: list[np.ndarray]) -> dict[str, np.ndarray]:
     return {"mask": np.stack(masks), "keep": np.stack(keep)}
 
 
-SAMPLERS = {
+SAMPLERS: dict[str, Callable] = {
     "block": block_sampler,
     "inverse_block": inverse_block_sampler,
     "random": random_sampler,
 }
+
+
+def configured(make: Callable, config: Any, *arguments: Any) -> Callable:
+    """make(config.mask_ratio, *arguments, ...) with the settings of config.masking but its kind."""
+    if not 0 < config.mask_ratio < 1:
+        raise UserError(f"config.mask_ratio={config.mask_ratio} must lie between 0 and 1")
+    settings = {key: value for key, value in dict(config.masking).items() if key != "kind"}
+    try:
+        return make(config.mask_ratio, *arguments, **settings)
+    except TypeError as error:  # a setting of another kind, or one that is missing
+        raise UserError(
+            f"config.masking={dict(config.masking)}: {error}; give it the settings of its kind"
+        ) from error
+
+
+def sampler(config: Any, grid: tuple[int, ...]) -> Callable:
+    """The sampler over `grid` that config.masking and mask_ratio describe."""
+    if config.masking.kind not in SAMPLERS:
+        refuse_name("config.masking.kind", config.masking.kind, SAMPLERS)
+    return configured(SAMPLERS[config.masking.kind], config, grid)

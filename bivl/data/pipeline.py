@@ -16,8 +16,7 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from bivl.core.errors import UserError
-from bivl.data.augment import UndecodableImage
+from bivl.core.errors import Undecodable, UserError
 
 _REPLACED = "_replaced"
 _NAMED: set[str] = set()  # what this process has named in the log as undecodable
@@ -172,7 +171,7 @@ class _Reader:
                 continue
             try:
                 return apply(self.source[current]), passed
-            except UndecodableImage as error:
+            except Undecodable as error:
                 self._note(current, str(error))
         raise UserError(
             f"none of the {size} records can be decoded (record {index}: {self.bad[index]}); "

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, Protocol
 
+import numpy as np
+
 from bivl.core.errors import UserError
 
 
@@ -25,7 +27,8 @@ class Column:
     """One feature of a data set.
 
     content: "image" (encoded bytes or uint8 array), "text" (bytes or str), "label" (class number),
-      "integer", "array" (numbers), else a name to show in error messages.
+      "integer", "number" (with fractions), "array" (numbers), "audio" (encoded bytes, a path or an
+      array), else a name to show in error messages.
     names: the class names of a label.
     """
 
@@ -111,3 +114,24 @@ def _boundary(split: str, text: str | None, size: int, default: int) -> int:
         raise UserError(f"data.split={split!r}: {text} is outside; stay within {limit}{unit}")
     number = round(number * size / 100) if text.endswith("%") else number
     return number + size if number < 0 else number
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRows:
+    """Rows out of arrays in memory: column name -> array or list with one entry a row."""
+
+    arrays: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: values[index] for name, values in self.arrays.items()}
+
+
+def mixed(numbers: np.ndarray) -> np.ndarray:
+    """Well mixed uint64 of whole numbers (splitmix64, Steele et al. 2014), alike everywhere."""
+    z = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

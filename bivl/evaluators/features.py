@@ -28,12 +28,15 @@ class Splits:
     classes: the labels' names, or None where the set does not name them.
     examples: count -> that many training examples as the objective sees them (numpy, augmented,
         with `mask` where it masks), or None where there are none to show.
+    masked: "train" or "test" -> endless GLOBAL batches of device arrays as the objective trains on
+        them, the same at every call.
     memory: the newest features of each split (see `extract`); leave it alone.
     """
 
     batches: Callable[[str], Iterator[dict[str, Any]]]
     classes: tuple[str, ...] | None
     examples: Callable[[int], dict[str, np.ndarray]] | None = None
+    masked: Callable[[str], Iterator[dict[str, Any]]] | None = None
     memory: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
 

@@ -13,7 +13,8 @@ from flax import linen as nn
 
 from bivl.core.config import choice
 from bivl.core.errors import UserError
-from bivl.data import augment, masking
+from bivl.data import augment, masking, randaugment
+from bivl.modalities import labels
 from bivl.models.layers import (
     PatchEmbed,
     Vector,
@@ -41,26 +42,23 @@ def grid(config) -> tuple[int, int]:
 
 
 def mask_sampler(config):
-    """The sampler that `config.masking` describes: its kind and that kind's own settings."""
-    if not 0 < config.mask_ratio < 1:
-        raise UserError(f"config.mask_ratio={config.mask_ratio} must lie between 0 and 1")
-    settings = dict(config.masking)
-    kind = choice("masking.kind", settings.pop("kind"), masking.SAMPLERS)
-    try:
-        return masking.SAMPLERS[kind](grid(config), config.mask_ratio, **settings)
-    except TypeError as error:  # a setting of another kind, or one that is missing
-        raise UserError(
-            f"config.masking={dict(config.masking)}: {error}; give it the settings of its kind"
-        ) from error
+    """The sampler that `config.masking` describes, over the patches."""
+    return masking.sampler(config, grid(config))
+
+
+def inputs(config) -> dict[str, jax.ShapeDtypeStruct]:
+    """image uint8 [B, S, S, 3]."""
+    B, S = config.batch_size, config.image_size
+    return {"image": jax.ShapeDtypeStruct((B, S, S, 3), jnp.uint8)}
 
 
 def spec(config) -> dict[str, jax.ShapeDtypeStruct]:
-    """image uint8 [B, S, S, 3], and what the mask sampler gives: mask bool [B, L], or for M clones
-    mask bool [B, M, L] and keep int32 [B, M, K]."""
-    B, S = config.batch_size, config.image_size
+    """`inputs` and what the mask sampler gives: mask bool [B, L], or for M clones mask bool
+    [B, M, L] and keep int32 [B, M, K]."""
+    B = config.batch_size
     masks = mask_sampler(config)(np.random.default_rng(0))
     shapes = {name: jax.ShapeDtypeStruct((B, *x.shape), x.dtype) for name, x in masks.items()}
-    return {"image": jax.ShapeDtypeStruct((B, S, S, 3), jnp.uint8)} | shapes
+    return inputs(config) | shapes
 
 
 def _check(config):
@@ -96,7 +94,6 @@ def _image(record):
 def train_ops(config):
     """record, rng -> {image, mask, ...}: jitter, flip, random resized crop (as BEiT), masks."""
     _check(config)
-    a, size = config.augment, config.image_size
     sample = mask_sampler(config)
     if sum(bool(sample(np.random.default_rng(i))["mask"].any()) for i in range(16)) < 8:
         raise UserError(
@@ -105,13 +102,36 @@ def train_ops(config):
         )
 
     def ops(record, rng):
-        image = _image(record)
-        if any(a.color_jitter):
-            image = augment.color_jitter(image, rng, *a.color_jitter)
-        if a.flip:
-            image = augment.horizontal_flip(image, rng)
-        image = augment.random_resized_crop(image, rng, size, tuple(a.scale), tuple(a.ratio))
-        return {"image": image} | sample(rng)
+        return {"image": _train_image(config, record, rng)} | sample(rng)
+
+    return ops
+
+
+def _train_image(config, record, rng):
+    image, a = _image(record), config.augment
+    if any(a.color_jitter):
+        image = augment.color_jitter(image, rng, *a.color_jitter)
+    if a.flip:
+        image = augment.horizontal_flip(image, rng)
+    scale, ratio = tuple(a.scale), tuple(a.ratio)
+    return augment.random_resized_crop(image, rng, config.image_size, scale, ratio)
+
+
+def labelled_ops(config):
+    """record, rng -> {image, label, erase int32 [4]} for fine-tuning: crop, flip, RandAugment, and
+    the box that `objectives/mixing.py` erases on the device."""
+    _check(config)
+    a, fill = config.augment, tuple(round(255 * mean) for mean in config.image_mean)
+
+    def ops(record, rng):
+        label = labels.target(record, config.num_classes)
+        image = _train_image(config, record, rng)
+        if a.rand_layers:
+            image = randaugment.rand_augment(
+                image, rng, a.rand_magnitude, a.rand_std, a.rand_layers, fill=fill
+            )
+        erase = randaugment.erasing_box(rng, image.shape[:2], a.erase)
+        return {"image": image, "label": label, "erase": erase}
 
     return ops
 
@@ -163,6 +183,13 @@ def token_inits(kind: str, patch_values: int):
     return _xavier_flat, torch_uniform(patch_values), nn.initializers.normal(1.0)
 
 
+def normalized(images, mean, std):
+    """uint8 images less their mean over their std, in float32; floats are that already."""
+    if images.dtype != jnp.uint8:
+        return images
+    return (images.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
+
+
 class Embed(nn.Module):
     """Images to tokens: normalise, embed patches, add positions, mask, prepend CLS.
 
@@ -183,12 +210,14 @@ class Embed(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, batch, masked: bool = False) -> Tokens:
+    def __call__(self, batch, masked: bool = False, deterministic: bool = True) -> Tokens:
+        del deterministic
         *inits, token_init = token_inits(self.embed_init, 3 * self.patch_size**2)
         axes, shape = (None, None, "embed"), (1, 1, self.width)
         options = dict(zip(("kernel_init", "bias_init"), inits, strict=True))
         options |= {"dtype": self.dtype, "name": "patch"}
-        x = PatchEmbed(self.patch_size, self.width, **options)(self._normalized(batch["image"]))
+        images = normalized(batch["image"], self.mean, self.std)
+        x = PatchEmbed(self.patch_size, self.width, **options)(images)
         cls_token = Vector(shape, axes, token_init, name="cls_token")()
         if self.mask_token:
             token = Vector(shape, axes, token_init, name="mask_token")()
@@ -205,11 +234,6 @@ class Embed(nn.Module):
         if self.positions == "relative":
             bias = RelativePositionBias(self.grid, self.num_heads, name="relative_position")()
         return Tokens(x, special=1, bias=bias)
-
-    def _normalized(self, image):
-        if image.dtype != jnp.uint8:
-            return image
-        return (image.astype(jnp.float32) / 255 - jnp.array(self.mean)) / jnp.array(self.std)
 
 
 def make_embed(config, dtype: str) -> Embed:

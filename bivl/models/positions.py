@@ -1,11 +1,11 @@
-"""Where a token stands: relative position bias, fixed 2-D sin-cos and learned tables."""
+"""Where a token stands: relative position bias, ALiBi, fixed 2-D sin-cos and learned tables."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from bivl.models.layers import Vector, truncated_normal, zeros
+from bivl.models.layers import Vector, ones, truncated_normal, zeros
 
 
 def relative_index(grid: tuple[int, int], special: bool = True) -> np.ndarray:
@@ -38,6 +38,29 @@ class RelativePositionBias(nn.Module):
         rows = (2 * h - 1) * (2 * w - 1) + 3 * self.special
         table = Vector((rows, self.num_heads), (None, "heads"), zeros, name="table")()
         return jnp.take(table.T, relative_index(self.grid, self.special), axis=1)[None]
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """Slopes [H]: 2^(-8 k / H), k = 1..H, for H a power of two; else those of the power P below H,
+    followed by every other one of 2 P (ALiBi, arXiv 2108.12409; fairseq `modalities/base.py`)."""
+    power = 2 ** (num_heads.bit_length() - 1)
+    slopes = 2.0 ** (-8 * np.arange(1, power + 1) / power)
+    between = 2.0 ** (-8 * np.arange(1, 2 * power + 1, 2) / (2 * power))
+    return np.concatenate([slopes, between[: num_heads - power]]).astype(np.float32)
+
+
+class Alibi(nn.Module):
+    """places int [B, L] -> bias [B, H, L, L]: -slope_h |i - j| times a learned scale a head, no
+    less than zero, one at init (data2vec 2.0's `alibi_scale`, shared by all layers)."""
+
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, places):
+        scale = Vector((self.num_heads,), ("heads",), ones, name="scale")()
+        factor = jnp.maximum(scale, 0) * alibi_slopes(self.num_heads)
+        distance = jnp.abs(places[:, :, None] - places[:, None, :])
+        return -factor[:, None, None] * distance[:, None].astype(jnp.float32)
 
 
 def sincos_2d(grid: tuple[int, int], width: int) -> np.ndarray:

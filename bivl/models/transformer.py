@@ -13,6 +13,7 @@ from bivl.models.attention import BIASES, Attention, padding_bias
 from bivl.models.layers import LayerNorm, Mlp, Vector, constrain_tokens, drop_path, truncated_normal
 
 NORMS = ("pre", "post", "sub")
+RATES = ("drop_path", "dropout", "attention_dropout", "activation_dropout", "layer_drop")
 INITS = {  # every kernel ~ N(0, 0.02^2): BEiT cuts it at one std, BERT and fairseq do not cut it
     "truncated": truncated_normal(0.02),
     "normal": nn.initializers.normal(0.02),
@@ -40,6 +41,7 @@ class EncoderConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
+    layer_drop: float = 0.0
     input_norm: bool = False
     final_norm: bool = True
     init: str = "truncated"
@@ -62,7 +64,7 @@ class EncoderConfig:
         choice("model.qkv_bias", self.qkv_bias, BIASES)
         choice("model.remat", self.remat, REMAT)
         choice("model.init", self.init, INITS)
-        for name in ("drop_path", "dropout", "attention_dropout", "activation_dropout"):
+        for name in RATES:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"config.model.{name}={getattr(self, name)} must lie in [0, 1)")
 
@@ -75,7 +77,7 @@ class EncoderConfig:
     @property
     def is_random(self) -> bool:
         """Whether training draws random numbers."""
-        return any((self.drop_path, self.dropout, self.attention_dropout, self.activation_dropout))
+        return any(getattr(self, name) for name in RATES)
 
 
 class Block(nn.Module):
@@ -193,6 +195,9 @@ class Encoder(nn.Module):
             params, rate, key = layer
             rngs = {"dropout": key} if random else None
             out = Block(c).apply({"params": params}, x, bias, rate, deterministic, rngs=rngs)
+            if random and c.layer_drop:  # the whole layer, for the whole batch
+                keep = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 - c.layer_drop)
+                out = (jnp.where(keep, out[0], x), *out[1:])
             named = dict(zip(("layers", "ffn", "weights"), out, strict=True))
             return out[0], {name: named[name] for name in collect}
 

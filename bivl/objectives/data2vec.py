@@ -7,8 +7,9 @@ fairseq's examples/data2vec; paper: arXiv 2202.03555.
 
 from flax import linen as nn
 
+from bivl.core.config import choice
 from bivl.core.objective import Objective
-from bivl.models.layers import Projection
+from bivl.models.heads import HEAD_INITS, RegressionHead
 from bivl.models.transformer import Encoder, EncoderConfig
 from bivl.objectives import distillation
 
@@ -18,15 +19,16 @@ class Data2Vec(nn.Module):
 
     embed: nn.Module
     encoder: EncoderConfig
+    head_layers: int = 1
+    head_init: str = "truncated"
 
     def setup(self):
         self.trunk = Encoder(self.encoder)
-        axes = ("embed", None)
-        self.head = Projection((self.encoder.width,), axes, dtype=self.encoder.dtype)
+        self.head = RegressionHead(self.head_layers, self.head_init, self.encoder.dtype)
 
-    def encode(self, batch, masked: bool = False, deterministic: bool = True, collect=()):
-        """-> (Tokens, Encoded)."""
-        tokens = self.embed(batch, masked)
+    def encode(self, batch, masked=False, deterministic=True, collect=(), embed_dropout=False):
+        """-> (Tokens, Encoded); `embed_dropout`: dropout in the embedding alone."""
+        tokens = self.embed(batch, masked, deterministic and not embed_dropout)
         return tokens, self.trunk(tokens, deterministic, collect)
 
     def __call__(self, batch, deterministic: bool = True):
@@ -36,14 +38,21 @@ class Data2Vec(nn.Module):
 
 
 def make(config) -> Objective:
-    """Reads `modality model top_k_layers target loss ema_* dtype teacher_dtype`."""
+    """Reads `modality model head top_k_layers target loss ema_* dtype teacher_dtype`."""
+    layers = choice("head.layers", config.head.layers, (1, 2))
+    init = choice("head.init", config.head.init, HEAD_INITS)
 
     def build(modality, dtype):
-        return Data2Vec(modality.make_embed(config, dtype), EncoderConfig.of(config.model, dtype))
+        encoder = EncoderConfig.of(config.model, dtype)
+        return Data2Vec(modality.make_embed(config, dtype), encoder, layers, init)
 
     def loss(model, params, batch, values, key):
         rngs = {"dropout": key}
         prediction = model.apply({"params": params}, batch, deterministic=False, rngs=rngs)
         return distillation.masked_regression(prediction, values, batch["mask"], config)
 
-    return distillation.objective(config, build, loss)
+    def masked(model, params, batch):
+        tokens, encoded = model.apply({"params": params}, batch, True, method="encode")
+        return encoded.tokens[:, tokens.special :]
+
+    return distillation.objective(config, build, loss, masked)

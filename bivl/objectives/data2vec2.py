@@ -5,6 +5,7 @@ tokens alone; a small convolutional decoder fills in the rest. Paper: arXiv 2212
 fairseq `examples/data2vec/models/data2vec2.py` and `config/v2/`.
 """
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -26,9 +27,9 @@ class Data2Vec2(nn.Module):
         self.trunk = Encoder(self.encoder)
         self.decoder = Decoder(self.decoding, self.grid, self.encoder.dtype)
 
-    def encode(self, batch, masked: bool = False, deterministic: bool = True, collect=()):
+    def encode(self, batch, masked=False, deterministic=True, collect=(), embed_dropout=False):
         """-> (Tokens, Encoded); masked: of the M clones, [B M, special + K, D]."""
-        tokens = self.embed(batch, masked)
+        tokens = self.embed(batch, masked, deterministic and not embed_dropout)
         return tokens, self.trunk(tokens, deterministic, collect)
 
     def __call__(self, batch, deterministic: bool = True):
@@ -58,7 +59,13 @@ def make(config) -> Objective:
             value = value + config.loss.cls_weight * aux["metrics"]["cls_loss"]
         return value, aux
 
-    return distillation.objective(config, build, loss, untracked=("decoder",))
+    def masked(model, params, batch):
+        """What the decoder predicts under the first of the masks; masked tokens have no others."""
+        first = batch | {name: batch[name][:, :1] for name in ("mask", "keep")}
+        rngs = {"dropout": jax.random.key(0)}  # the decoder's noise
+        return model.apply({"params": params}, first, rngs=rngs)[0]
+
+    return distillation.objective(config, build, loss, masked, untracked=("decoder",))
 
 
 def cls_loss(cls, values, config):

@@ -66,8 +66,8 @@ def check(config) -> None:
     for key in ("ema_decay_start", "ema_decay_end"):
         if not 0 <= config[key] <= 1:
             raise UserError(f"config.{key}={config[key]} must lie in [0, 1]")
-    if not all(isinstance(prefix, str) for prefix in config.ema_copied):
-        raise UserError(f"config.ema_copied={config.ema_copied} must be path prefixes (texts)")
+    if not all(isinstance(prefix, str) for prefix in config.ema_shared):
+        raise UserError(f"config.ema_shared={config.ema_shared} must be paths of parameters")
     choice("target.layer", config.target.layer, ("end", "ffn"))
     for key in ("layer_norms", "norms"):
         for name in config.target[key]:
@@ -78,14 +78,14 @@ def check(config) -> None:
 
 
 def teacher_targets(encode, config):
-    """-> function (params, batch) -> (targets [B, L, D] without special tokens, Encoded).
+    """-> function (params, batch, key) -> (targets [B, L, D] without special tokens, Encoded).
 
-    `encode(params, batch, collect)` gives (Tokens, Encoded) of the unmasked input.
+    `encode(params, batch, collect, key)` gives (Tokens, Encoded) of the unmasked input.
     """
     source = {"end": "layers", "ffn": "ffn"}[config.target.layer]
 
-    def teach(params, batch):
-        tokens, encoded = encode(params, batch, ("layers", source))
+    def teach(params, batch, key=None):
+        tokens, encoded = encode(params, batch, ("layers", source), key)
         content = [x[:, tokens.special :] for x in getattr(encoded, source)]
         top = content[-config.top_k_layers :]
         return average_targets(top, config.target.layer_norms, config.target.norms), encoded
@@ -108,7 +108,7 @@ def masked_regression(prediction, target, mask, config):
     c = config.loss
     each = regression_loss(prediction, target, c.beta, c.reduction, c.scale)
     weight = mask.sum().astype(jnp.float32)
-    value = (each * mask).sum() / weight
+    value = (each * mask).sum() / jnp.maximum(weight, 1)
     metrics = {
         "regression_loss": value,
         "target_std": collapse.channel_std(target, mask),
@@ -122,52 +122,66 @@ def masked_regression(prediction, target, mask, config):
 
 
 def teacher_update(config):
-    """-> an objective's `update`: the EMA on its schedule; `ema_copied` prefixes verbatim."""
+    """-> an objective's `update`: the EMA on its schedule."""
     rate = ema.update_rate(config.ema_decay_start, config.ema_decay_end, config.ema_anneal_steps)
-    copied = tuple(config.ema_copied)
 
     def update(teacher, extras, params, aux, step):
-        teacher = ema.track(teacher, params, rate(step), lambda p: "/".join(p).startswith(copied))
-        return teacher, extras, {"ema_decay": 1 - rate(step)}
+        return ema.track(teacher, params, rate(step)), extras, {"ema_decay": 1 - rate(step)}
 
     return update
 
 
-def objective(config, build, loss, untracked=()) -> Objective:
+def objective(config, build, loss, masked, untracked=()) -> Objective:
     """The objective of a model that regresses its own teacher's targets.
 
+    The teacher holds what is averaged. What `untracked` and `config.ema_shared` name it takes from
+    the student as it is: fairseq copies these parts before every forward, which is the same.
+
     build(modality, dtype): the linen module, with a method `encode(batch, masked, deterministic,
-      collect) -> (Tokens, Encoded)`; calling it initialises everything.
+      collect, embed_dropout) -> (Tokens, Encoded)`; calling it initialises everything.
     loss(model, params, batch, values, key): -> loss, aux, from the targets [B, L, D].
-    untracked: top-level parameters that the teacher does without.
+    masked(model, params, batch): -> features [B, L, E] at every place of the masked input.
+    untracked: paths of parameters that the teacher has no use for.
     """
     check(config)
     modality = importlib.import_module(f"bivl.modalities.{config.modality}")
     spec = modality.spec(config)
+    finish, shown = (
+        getattr(modality, hook)(config) if hasattr(modality, hook) else lambda batch: batch
+        for hook in ("device_ops", "teacher_input")
+    )
     student, teacher = (build(modality, dtype) for dtype in (config.dtype, config.teacher_dtype))
 
-    def encoder(model):
-        return lambda params, batch, collect: model.apply(
-            {"params": params}, batch, collect=collect, method="encode"
-        )
+    def encoder(model, embed_dropout=False):
+        def encode(params, batch, collect, key=None):
+            options = {"collect": collect, "embed_dropout": embed_dropout, "method": "encode"}
+            rngs = {"dropout": key} if embed_dropout else None
+            return model.apply({"params": params}, batch, rngs=rngs, **options)
 
-    teach, own = (teacher_targets(encoder(model), config) for model in (teacher, student))
+        return encode
+
+    # Where the code's teacher reads the student's embeddings, it reads them as dropped out there.
+    teach = teacher_targets(encoder(teacher, config.target.embed_dropout), config)
+    own = teacher_targets(encoder(student), config)
 
     def init(key):
         batch = {name: jnp.zeros((1, *s.shape[1:]), s.dtype) for name, s in spec.items()}
         params = student.init({"params": key, "dropout": key}, batch)["params"]
-        tracked = {name: tree for name, tree in params.items() if name not in untracked}
+        tracked = ema.without(params, (*untracked, *config.ema_shared))
         return params, jax.tree.map(jnp.copy, tracked), {}
 
-    def targets(teacher, extras, batch, key):
-        values, encoded = teach(teacher, batch)
+    def targets(params, teacher, extras, batch, key):
+        values, encoded = teach(ema.completed(teacher, params), shown(finish(batch)), key)
         return {"values": values, "metrics": rank_metrics(encoded, values)}
 
     def total(params, extras, batch, targets, key):
-        value, aux = loss(student, params, batch, targets["values"], key)
+        value, aux = loss(student, params, finish(batch), targets["values"], key)
         return value, aux | {"metrics": aux["metrics"] | targets["metrics"]}
 
     predict = encoding.predictions(encoder(student), modality, config)
     predict["targets"] = lambda params, extras, batch: own(params, batch)[0]
+    predict["masked"] = lambda params, extras, batch: masked(student, params, finish(batch))
     ops = modality.train_ops(config), modality.eval_ops(config), modality.preprocess(config)
-    return Objective(spec, init, targets, total, teacher_update(config), predict, *ops)
+    examples = modality.examples(config) if hasattr(modality, "examples") else lambda source: source
+    update = teacher_update(config)
+    return Objective(spec, init, targets, total, update, predict, *ops, examples)

@@ -81,7 +81,7 @@ def get_config(text=None):
         "noise": 0.01,
     }
     c.top_k_layers = k
-    c.target = {"layer": "ffn", "layer_norms": ("instance",), "norms": ("layer",)}
+    c.target.update({"layer": "ffn", "layer_norms": ("instance",), "norms": ("layer",)})
     c.loss.update({"beta": 0.0, "reduction": "sum"})
     c.loss.cls_weight = cls
     c.ema_decay_start, c.ema_decay_end, c.ema_anneal_steps = teacher

@@ -82,11 +82,13 @@ def get_config(text=None):
         "remat": "none",  # or full, dots
     }
     c.top_k_layers = 6
+    c.head = {"layers": 1, "init": "truncated"}
     c.target = {"layer": "end", "layer_norms": ("layer",), "norms": ("layer",)}
+    c.target.embed_dropout = False
     c.loss = {"beta": 2.0, "reduction": "mean", "scale": None, "std_weight": 0.0, "std_margin": 0.5}
     c.ema_decay_start = c.ema_decay_end = 0.9998
     c.ema_anneal_steps = 0
-    c.ema_copied = ()  # path prefixes that the teacher takes over verbatim
+    c.ema_shared = ()  # parameters (paths) that the teacher takes from the student as they are
     c.optimizer.update(
         {
             "learning_rate": rate,

@@ -51,14 +51,20 @@ def test_track_is_the_moving_average():
     np.testing.assert_allclose(found["b"]["c"], [3.0])
 
 
-def test_copied_prefixes_and_a_frozen_teacher():
-    teacher = {"embed": {"x": jnp.array([1.0])}, "trunk": {"x": jnp.array([1.0])}}
-    params = jax.tree.map(lambda x: x + 1, teacher)
-    copied = lambda path: path[0] == "embed"  # noqa: E731
-    moved = ema.track(teacher, params, jnp.float32(0.5), copied)
-    assert (moved["embed"]["x"][0], moved["trunk"]["x"][0]) == (2.0, 1.5)
-    frozen = ema.track(teacher, params, jnp.float32(0.0), copied)
-    assert (frozen["embed"]["x"][0], frozen["trunk"]["x"][0]) == (1.0, 1.0)
+def test_what_the_teacher_lacks_is_the_students():
+    params = {"embed": {"table": 1, "positions": {"conv": 2}}, "trunk": {"x": 3}, "embedding": 4}
+    teacher = ema.without(params, ("embed/positions", "trunk"))
+    assert teacher == {"embed": {"table": 1}, "embedding": 4}
+    assert ema.without(params, ("embed",)) == {"trunk": {"x": 3}, "embedding": 4}
+    moved = {"embed": {"table": 10}, "embedding": 40}
+    whole = {"embed": {"table": 10, "positions": {"conv": 2}}, "trunk": {"x": 3}, "embedding": 40}
+    assert ema.completed(moved, params) == whole
+
+
+def test_a_rate_of_zero_freezes_the_teacher():
+    teacher = {"x": jnp.array([1.0, 0.3])}
+    frozen = ema.track(teacher, {"x": jnp.array([2.0, 7.0])}, jnp.float32(0.0))
+    np.testing.assert_array_equal(frozen["x"], teacher["x"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
+from bivl.core.errors import Undecodable
 from bivl.data import augment
 
 
@@ -129,7 +130,7 @@ def test_exif_rotation(form, orientation):
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_truncated_files_raise(form):
     data = encode(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8), form)
-    with pytest.raises(augment.UndecodableImage):
+    with pytest.raises(Undecodable):
         augment.decode_image(data[: len(data) // 2])
 
 
@@ -149,7 +150,7 @@ def test_truncated_files_raise(form):
     ],
 )
 def test_what_is_no_image_raises(value):
-    with pytest.raises(augment.UndecodableImage):
+    with pytest.raises(Undecodable):
         augment.decode_image(value)
 
 
@@ -161,7 +162,7 @@ def test_a_decompression_bomb_raises_before_it_is_decoded():
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2**13, 2**13 + 1, 8, 2, 0, 0, 0))
     data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    with pytest.raises(augment.UndecodableImage, match="over the limit"):
+    with pytest.raises(Undecodable, match="over the limit"):
         augment.decode_image(data)
 
 

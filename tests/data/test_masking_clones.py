@@ -125,7 +125,7 @@ def test_random_masks_have_one_count_and_no_preference(total, ratio, kept):
     [("inverse_block", {"block": 3, "adjust": 0.07}, 39), ("random", {}, 39)],
 )
 def test_keep_is_sorted_and_complementary(kind, settings, kept):
-    sample = SAMPLERS[kind](GRID, 0.8, num_masks=16, **settings)
+    sample = SAMPLERS[kind](0.8, GRID, num_masks=16, **settings)
     drawn = sample(np.random.default_rng(0))
     mask, keep = drawn["mask"], drawn["keep"]
     assert mask.shape == (16, 196) and mask.dtype == bool

@@ -7,8 +7,8 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from bivl.core.errors import UserError
-from bivl.data.augment import UndecodableImage, decode_image, random_resized_crop
+from bivl.core.errors import Undecodable, UserError
+from bivl.data.augment import decode_image, random_resized_crop
 from bivl.data.pipeline import eval_batches, train_batches
 from bivl.data.sources import open_source
 
@@ -228,7 +228,7 @@ def test_undecodable_raised_by_the_source_counts_too():
     class Unreadable(Records):
         def __getitem__(self, i):
             if i == 2:
-                raise UndecodableImage("gone")
+                raise Undecodable("gone")
             return super().__getitem__(i)
 
     batches = take(2, Unreadable(6))

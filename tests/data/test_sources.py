@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from bivl.core.errors import UserError
-from bivl.data.augment import UndecodableImage, decode_image
+from bivl.data.augment import Undecodable, decode_image
 from bivl.data.sources import open_source
 
 folder_module = importlib.import_module("bivl.data.folder")
@@ -135,7 +135,7 @@ def test_tfds_errors(prepared):
     assert "data.fields.text" in wrong and "did you mean 'caption'" in wrong and "wave" in wrong
     assert "data.fields: our field 'txt'" in error(fields={"txt": "caption"})
     assert "holds Sequence" in error(fields={"text": "captions"})
-    assert "holds number" in error(fields={"label": "score"})
+    assert "holds number" in error(fields={"text": "score"})
     assert "no mapping" in error(fields="caption")
     assert "did you mean 'train'" in error(split="tran")
     assert "empty" in error(split="train[3:3]")
@@ -312,10 +312,10 @@ def test_folder_never_leaves_its_directory(images, tmp_path_factory):
 def test_folder_bounds_and_missing_files(images, monkeypatch):
     source = open_source(folder_config(images))
     os.unlink(source.where(0))
-    with pytest.raises(UndecodableImage, match="FileNotFoundError"):
+    with pytest.raises(Undecodable, match="FileNotFoundError"):
         source[0]
     monkeypatch.setattr(folder_module, "MAX_BYTES", 10)
-    with pytest.raises(UndecodableImage, match="larger than 10"):
+    with pytest.raises(Undecodable, match="larger than 10"):
         source[1]
 
 

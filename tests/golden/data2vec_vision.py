@@ -57,7 +57,7 @@ def tree(get, depth: int = 3, heads: int = 2) -> dict:
             },
         },
         "trunk": {"blocks": stack(blocks), "norm": norm("norm")},
-        "head": linear("lm_head"),
+        "head": {"projection": linear("lm_head")},
     }
 
 

@@ -104,7 +104,7 @@ def test_loss_and_gradients(recorder, case, beta, reduction):
 
     @jax.jit
     def ours_all(params):
-        targets = objective.targets(teacher_params, {}, batch, key)
+        targets = objective.targets(params, teacher_params, {}, batch, key)
         return jax.value_and_grad(objective.loss, has_aux=True)(params, {}, batch, targets, key)
 
     (loss, _), got = ours_all(ours(named))

@@ -1,0 +1,241 @@
+"""Tokenizers: text to ids and back, from files on disk and never from the network.
+
+A tokenizer splits text alone: it adds no special ids, and text that spells one (`<mask>`) stays
+text.
+"""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bivl.core.errors import UserError
+from bivl.data.table import refuse_name, setting
+from bivl.data.vocabulary import layouts
+
+MAX_BYTES = 2**26  # of one file; the largest vocabularies in use take 20 MB
+_SMALL = pathlib.Path(__file__).parent / "vocabulary" / "small"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A vocabulary of V = `size` pieces, special ones included; small to pickle, quick to reopen.
+
+    kind: which library splits, "bpe" or "sentencepiece".
+    data: what that library is opened from.
+    bos, pad, eos, unk, mask: the special ids. `unk` is what encode gives where it must, none of
+      the others is ever an output of encode.
+    """
+
+    kind: str
+    data: bytes = dataclasses.field(repr=False)
+    size: int
+    bos: int
+    pad: int
+    eos: int
+    unk: int
+    mask: int
+
+    @property
+    def special(self) -> tuple[int, ...]:
+        """All special ids: bos, pad, eos, unk, mask."""
+        return self.bos, self.pad, self.eos, self.unk, self.mask
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 [n], without bos and eos. A lone surrogate counts as U+FFFD."""
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of many texts at a time, on several threads."""
+        rows = self._codec[0]([_without_surrogates(text) for text in texts])
+        # What only the merges need, and no id of ours names, is unknown.
+        arrays = [np.array(row, np.int64) for row in rows]
+        return [np.where(row < self.size, row, self.unk).astype(np.int32) for row in arrays]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of ids [n]; special ids, and numbers that are no id, are passed over."""
+        special = self.special
+        numbers = (int(i) for i in ids)
+        return self._codec[1]([i for i in numbers if 0 <= i < self.size and i not in special])
+
+    @functools.cached_property
+    def _codec(self) -> tuple[Callable, Callable]:
+        return _OPEN[self.kind](self.data)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_codec"}  # it holds functions
+
+
+def load(config: Mapping[str, Any]) -> Tokenizer:
+    """Opens the tokenizer that a `tokenizer` mapping {kind, path} names.
+
+    kind:
+      small: ours, byte-level BPE with 2,048 ids, packaged; for smoke runs and small texts.
+      bpe: byte-level BPE of GPT-2 and RoBERTa; `path` is a folder in the layout of Hugging Face
+        (vocab.json with merges.txt, or tokenizer.json) or of fairseq (encoder.json with vocab.bpe
+        and dict.txt). fairseq's ids are <s>, <pad>, </s>, <unk>, the lines of dict.txt in their
+        order, <mask>. In the other layout special tokens have the ids that the files give them,
+        and those that the files lack are appended in this same order.
+      sentencepiece: `path` is a .model file, or a folder with exactly one. bos, pad, eos and unk
+        are the model's own; those it has none of are appended behind its pieces in this order,
+        and <mask> always is, as the last.
+
+    Raises:
+      UserError: an unknown kind; a file that is missing, too large or damaged; a byte-level BPE
+        with other rules than GPT-2's.
+    """
+    kind, path = setting(config, "kind", ""), setting(config, "path", "")
+    if kind not in KINDS:
+        refuse_name("tokenizer.kind", kind, KINDS)
+    if kind == "small":
+        if path:
+            raise UserError(
+                f"tokenizer.path={path} is set, but kind=small has its own files; use kind=bpe, "
+                "or leave the path empty"
+            )
+        path = _SMALL
+    elif not path:
+        raise UserError(f"tokenizer.path is empty; kind={kind} needs its files")
+    return KINDS[kind](pathlib.Path(path).expanduser())
+
+
+def _load_bpe(folder: pathlib.Path) -> Tokenizer:
+    if not folder.is_dir():
+        raise UserError(f"tokenizer.path={folder} is not a folder; name one with {_expected()}")
+    layout = (all((folder / name).is_file() for name in names) for names in layouts.LAYOUTS)
+    names = next(itertools.compress(layouts.LAYOUTS, layout), None)
+    if not names:
+        raise UserError(f"tokenizer.path={folder} has no tokenizer; name one with {_expected()}")
+    contents = tuple(_read(folder / name) for name in names)
+    try:
+        return _make_bpe(names, contents)
+    except Exception as error:  # the library raises what its own checks raise
+        raise UserError(
+            f"tokenizer.path={folder}: {' or '.join(names)} is damaged or of another kind "
+            f"({_line(error)}); copy the files again, or name a GPT-2 or RoBERTa tokenizer"
+        ) from error
+
+
+def _expected() -> str:
+    return ", or ".join(" + ".join(names) for names in reversed(layouts.LAYOUTS))
+
+
+@functools.lru_cache(4)  # by content, as a program asks several times for the same tokenizer
+def _make_bpe(names: tuple[str, ...], contents: tuple[bytes, ...]) -> Tokenizer:
+    return bpe_tokenizer(*layouts.parse(names, contents))
+
+
+def bpe_tokenizer(
+    vocabulary: Mapping[str, int],
+    merges: Sequence[tuple[str, str]],
+    size: int,
+    add_prefix_space: bool = False,
+) -> Tokenizer:
+    """Byte-level BPE from parts.
+
+    Args:
+      vocabulary: piece -> id, with the five special pieces. A piece that only merges need has an
+        id of at least `size`; where it is the outcome, the text becomes <unk>.
+      merges: pairs of pieces of the vocabulary, the first to be merged first.
+      size: V.
+      add_prefix_space: whether a text gets a space in front where it has none.
+    """
+    import tokenizers
+
+    model = tokenizers.models.BPE(dict(vocabulary), list(merges), unk_token="<unk>")
+    codec = tokenizers.Tokenizer(model)  # pyright: ignore (it takes the library for this file)
+    codec.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    codec.decoder = tokenizers.decoders.ByteLevel()
+    special = (vocabulary[name] for name in layouts.SPECIAL)
+    return Tokenizer("bpe", codec.to_str().encode(), size, *special)
+
+
+def _load_sentencepiece(path: pathlib.Path) -> Tokenizer:
+    if path.is_dir():
+        found = sorted(path.glob("*.model"))
+        if len(found) != 1:
+            raise UserError(
+                f"tokenizer.path={path} holds {len(found)} .model files; name the file itself"
+            )
+        path = found[0]
+    data = _read(path)
+    try:
+        model = _sentencepiece(data)
+    except Exception as error:
+        raise UserError(
+            f"tokenizer.path={path} is no SentencePiece model ({_line(error)}); copy it again"
+        ) from error
+    size = model.get_piece_size()
+    special = []
+    for own in (model.bos_id(), model.pad_id(), model.eos_id(), model.unk_id(), -1):
+        special.append(own if own >= 0 else size)
+        size += own < 0
+    return Tokenizer("sentencepiece", data, size, *special)
+
+
+@functools.lru_cache(2)
+def _sentencepiece(data: bytes) -> Any:
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_proto=data)
+    if not 0 < model.get_piece_size() <= layouts.MAX_PIECES:
+        raise ValueError("no pieces, or too many")
+    return model
+
+
+def _open_sentencepiece(data: bytes) -> tuple[Callable, Callable]:
+    model = _sentencepiece(data)
+    pieces = model.get_piece_size()
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        # Threads are started for each call: 200 us, not worth it for a few texts.
+        return model.encode(texts, num_threads=1 if len(texts) < 64 else -1)
+
+    return encode, lambda ids: model.decode([i for i in ids if i < pieces])
+
+
+def _open_bpe(data: bytes) -> tuple[Callable, Callable]:
+    import tokenizers
+
+    model = tokenizers.Tokenizer.from_str(data.decode())
+    return lambda texts: [row.ids for row in model.encode_batch_fast(texts)], model.decode
+
+
+def _without_surrogates(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _read(path: pathlib.Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(
+            f"tokenizer.path: cannot read {path} ({error.strerror}); correct the path"
+        ) from error
+    if not 0 < len(data) <= MAX_BYTES:
+        raise UserError(
+            f"tokenizer.path: {path} is empty or larger than {MAX_BYTES} bytes, so it is no "
+            "tokenizer; copy it again"
+        )
+    return data
+
+
+def _line(error: BaseException) -> str:
+    return " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())[:200]
+
+
+_OPEN = {"bpe": _open_bpe, "sentencepiece": _open_sentencepiece}
+KINDS: dict[str, Callable[[pathlib.Path], Tokenizer]] = {
+    "small": _load_bpe,
+    "bpe": _load_bpe,
+    "sentencepiece": _load_sentencepiece,
+}

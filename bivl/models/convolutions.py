@@ -1,0 +1,132 @@
+"""Convolutions over one or more axes, and what speech is read with: extractor and positions."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from bivl.models.layers import Init, LayerNorm, gelu, partitioned, torch_uniform
+
+
+def _by_xla(x, kernel, groups: int, stride: int, padding):
+    """Convolution of [B, ..., C] with [k, ..., C / groups, width] by XLA's own."""
+    axes = "HW"[-(x.ndim - 2) :]
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride,) * len(axes),
+        padding,
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+        feature_group_count=groups,
+    )
+
+
+def _by_matmul(x, kernel, groups: int, stride: int, padding):
+    """The same, one matmul a group over shifted copies: XLA has no fast grouped one on the CPU."""
+    n, k = x.ndim - 2, kernel.shape[0]
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    B, *lengths, C = x.shape
+    sizes = [(length - k) // stride + 1 for length in lengths]
+    windows = [
+        x[(slice(None), *(slice(o, o + (size - 1) * stride + 1, stride) for o, size in starts))]
+        for starts in (zip(offset, sizes, strict=True) for offset in np.ndindex(*[k] * n))
+    ]
+    columns = jnp.stack(windows).reshape(k**n, -1, groups, C // groups)
+    kernel = kernel.reshape(k**n, C // groups, groups, -1)
+    y = jnp.einsum("tngc,tcgd->ngd", columns, kernel)
+    return y.reshape(B, *sizes, -1)
+
+
+class Convolution(nn.Module):
+    """Convolution over the n axes between batch and channels, PyTorch's default init.
+
+    Kernel [k, ..., C / groups, width]. `same` pads k // 2 before and k - 1 - k // 2 behind, so that
+    stride 1 keeps the size; without, L -> floor((L - k) / stride) + 1.
+    """
+
+    width: int
+    kernel: int
+    groups: int = 1
+    stride: int = 1
+    same: bool = True
+    use_bias: bool = True
+    kernel_init: Init | None = None
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+        n, k, channels = x.ndim - 2, self.kernel, x.shape[-1]
+        shape = (*[k] * n, channels // self.groups, self.width)
+        init = torch_uniform(math.prod(shape[:-1]))
+        axes = (*[None] * n, None, "embed")
+        kernel = self.param("kernel", partitioned(self.kernel_init or init, axes), shape)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        padding = [(k // 2, k - 1 - k // 2) if self.same else (0, 0)] * n
+        options = {"groups": self.groups, "stride": self.stride, "padding": padding}
+        by_matmul, by_xla = (functools.partial(f, **options) for f in (_by_matmul, _by_xla))
+        y = jax.lax.platform_dependent(x, kernel, cpu=by_matmul, default=by_xla)
+        if not self.use_bias:
+            return y
+        return y + self.param("bias", partitioned(init, ("embed",)), (self.width,)).astype(y.dtype)
+
+
+def normalize_channels(x, eps: float = 1e-5):
+    """LayerNorm without affine over the last axis, in float32."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    rstd = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    return (centred * rstd).astype(x.dtype)
+
+
+def output_length(length, kernels, strides):
+    """How many frames a stack of unpadded convolutions makes of `length` samples (or an array)."""
+    for k, stride in zip(kernels, strides, strict=True):
+        length = (length - k) // stride + 1
+    return length
+
+
+class Extractor(nn.Module):
+    """wav2vec 2.0's feature extractor: waveform [B, T] -> frames [B, L, width].
+
+    Each layer is an unpadded convolution without bias, LayerNorm with affine over channels (eps
+    1e-5) and GELU (fairseq `models/wav2vec/wav2vec2.py`, extractor_mode `layer_norm`).
+    """
+
+    width: int
+    kernels: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, waveform):
+        x = waveform[..., None].astype(self.dtype)
+        options = {"same": False, "use_bias": False, "dtype": self.dtype}
+        options["kernel_init"] = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+        for i, (k, stride) in enumerate(zip(self.kernels, self.strides, strict=True)):
+            x = Convolution(self.width, k, stride=stride, name=f"conv{i}", **options)(x)
+            x = gelu(LayerNorm(1e-5, self.dtype, name=f"norm{i}")(x))
+        return x
+
+
+class ConvolutionalPositions(nn.Module):
+    """data2vec's positions of speech: what a stack of grouped convolutions makes of x [B, L, D].
+
+    Each layer is convolution, LayerNorm without affine and GELU; the caller adds the result to x
+    (fairseq `models/wav2vec/wav2vec2.py`, `make_conv_pos` with pos_conv_depth 5).
+    """
+
+    depth: int
+    kernel: int
+    groups: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+        options = {"kernel": self.kernel, "groups": self.groups, "dtype": self.dtype}
+        for i in range(self.depth):
+            x = Convolution(x.shape[-1], name=f"conv{i}", **options)(x)
+            x = gelu(normalize_channels(x))
+        return x
