@@ -148,7 +148,7 @@ def train(config, workdir) -> states.State:
         term = cli.Termination(jax.process_count() == 1)
         stack.callback(term.close)
         loop.run(term)
-        if loop.writer and "pictures" in config.evaluators and config.steps:
+        if loop.writer and config.evaluators and config.steps:
             from bivl.evaluators.curves import curves  # matplotlib, only where it is asked for
 
             loop.writer.picture(config.steps, "pictures/curves", curves(workdir / "metrics.jsonl"))

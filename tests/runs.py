@@ -5,25 +5,42 @@ import json
 import jax
 import numpy as np
 
-SMALL = {
-    "image_size": "32",
+COMMON = {
     "model.width": "32",
     "model.depth": "2",
     "model.num_heads": "2",
     "model.mlp_dim": "64",
-    "data.image_size": "32",
     "batch_size": "8",
     "evaluators": "",
     "steps": "4",
 }
+SMALL = COMMON | {"image_size": "32", "data.image_size": "32"}
+DECODER = {"decoder.width": "16", "decoder.depth": "2", "top_k_layers": "2"}
+TEXT = COMMON | {"text.length": "32", "top_k_layers": "2"}
+SPEECH = COMMON | {"audio.length": "8000", "model.extractor.width": "16", "top_k_layers": "2"}
+PRETRAIN = {  # the objectives of pre-training by their configs, and what makes these small
+    "data2vec_image": SMALL,
+    "data2vec_text": TEXT,
+    "data2vec_speech": SPEECH,
+    "data2vec2_image": SMALL | DECODER,
+    "data2vec2_text": TEXT | DECODER,
+    "data2vec2_speech": SPEECH | DECODER,
+}
 
 
-def tiny(changes=()):
-    """The smoke config of data2vec on images, smaller still, with dotted `changes` (a dict)."""
+def arguments(changes=(), name="data2vec_image"):
+    """The small run of a pre-training config with dotted `changes` (a dict), as a command line."""
+    settings = PRETRAIN[name] | dict(changes)
+    config = f"--config=configs/pretrain/{name}.py:smoke"
+    return [config, *(f"--config.{key}={value}" for key, value in settings.items())]
+
+
+def tiny(changes=(), name="data2vec_image"):
+    """The smoke config of a pre-training objective, smaller still, with dotted `changes`."""
     from bivl.core import config as configs
 
-    config = configs.load("configs/pretrain/data2vec_image.py:smoke")
-    configs.override(config, list((SMALL | dict(changes)).items()))
+    config = configs.load(f"configs/pretrain/{name}.py:smoke")
+    configs.override(config, list((PRETRAIN[name] | dict(changes)).items()))
     return config
 
 
@@ -45,3 +62,34 @@ def assert_same(first, second) -> None:
     assert len(first) == len(second)
     for (path, a), (_, b) in zip(first, second, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
+
+
+def without_times(lines):
+    """Metrics lines less what a clock makes."""
+    clock = {"step_seconds", "data_wait_seconds", "examples_per_second"}
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+def few_losses(num_devices, changes, name="data2vec_image"):
+    """Loss and gradient norm of 5 updates on some of the devices: float [5, 2]."""
+    from bivl import train
+    from bivl.core import sharding
+    from bivl.core import state as states
+
+    config = tiny({"batch_size": "16", "steps": "5"} | changes, name)
+    program = train.build(config, jax.devices()[:num_devices])
+    found = []
+    with sharding.use(program.mesh):
+        state = states.create(program.objective, program.tx, program.mesh, config.seed)
+        step, batches = program.compile(), train.open_batches(config, program, 0)
+        for n in range(1, 6):
+            batch = sharding.to_global(next(batches)[0], program.mesh, config.batch_size)
+            state, values = step(state, batch, np.int32(n))
+            found.append([float(values["loss"]), float(values["grad_norm"])])
+        batches.close()
+    return np.array(found)
+
+
+def mesh(data, fsdp, tensor):
+    """The changes that make a mesh of these sizes."""
+    return {"mesh.data": str(data), "mesh.fsdp": str(fsdp), "mesh.tensor": str(tensor)}

@@ -57,7 +57,8 @@ def test_a_step_is_chosen_by_its_number(trained):
     for folder, step in ((workdir, 1), (workdir / "checkpoints", 1), (workdir, 2)):
         loaded = bivl.load(folder, step)
         same = np.array_equal(
-            loaded.params["head"]["projection"]["kernel"], np.asarray(state.params["head"]["projection"]["kernel"])
+            loaded.params["head"]["projection"]["kernel"],
+            np.asarray(state.params["head"]["projection"]["kernel"]),
         )
         assert same == (step == 2)
     first = bivl.load(workdir / "checkpoints" / "1")

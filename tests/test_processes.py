@@ -61,11 +61,9 @@ def start(tmp_path_factory):
             process.wait()
 
 
-def arguments(workdir, changes=()):
+def arguments(workdir, changes=(), name="data2vec_image"):
     """The command line of a small training run."""
-    settings = runs.SMALL | dict(changes)
-    config = "--config=configs/pretrain/data2vec_image.py:smoke"
-    return [config, f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in settings.items())]
+    return [*runs.arguments(changes, name), f"--workdir={workdir}"]
 
 
 def finish(process, code=0):
@@ -256,6 +254,16 @@ def test_two_processes_train_as_one(pair, single):
         ours, others = ([line[name] for line in runs.lines(w)] for w in (pair, single))
         np.testing.assert_allclose(ours, others, rtol=4e-6)
     assert runs.lines(pair, "evaluations") == runs.lines(single, "evaluations")
+
+
+@pytest.mark.parametrize("name", [name for name in runs.PRETRAIN if name != "data2vec_image"])
+def test_two_processes_train_every_objective_as_one(start, quick_compile, tmp_path, name):
+    changes = PAIR | {"evaluators": "", "steps": "3"}
+    for process in start_pair(start, "train", arguments(tmp_path / "pair", changes, name)):
+        finish(process)
+    train.train(runs.tiny(changes, name), tmp_path / "single")
+    ours, others = (list(runs.losses(tmp_path / run).values()) for run in ("pair", "single"))
+    np.testing.assert_allclose(ours, others, rtol=4e-6)
 
 
 def test_one_process_resumes_what_two_saved(pair, single, tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 
 import runs
 from bivl import evaluate, train
-from bivl.core import checkpoint, sharding
+from bivl.core import checkpoint
 from bivl.core import config as configs
 from bivl.core import state as states
 from bivl.core.errors import GuardStop, Terminated, UserError
@@ -59,12 +59,6 @@ def copy(done, tmp_path):
     return Path(shutil.copytree(done[0], tmp_path / "run"))
 
 
-def without_times(lines):
-    """Metrics lines less what a clock makes."""
-    clock = {"step_seconds", "data_wait_seconds", "examples_per_second"}
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
-
-
 def cut_to_2(workdir):
     """Makes a finished run one that was killed after the save at step 2."""
     shutil.rmtree(workdir / "checkpoints" / "4")
@@ -101,7 +95,7 @@ def test_resume_gives_the_same_bits(done, copy):
     cut_to_2(copy)
     state = train.train(runs.tiny(EVERY_2), copy)
     runs.assert_same(state, done[1])
-    assert without_times(runs.lines(copy)) == without_times(runs.lines(done[0]))
+    assert runs.without_times(runs.lines(copy)) == runs.without_times(runs.lines(done[0]))
 
 
 def test_resume_gives_the_same_bits_with_randomness_and_other_workers(tmp_path):
@@ -112,7 +106,7 @@ def test_resume_gives_the_same_bits_with_randomness_and_other_workers(tmp_path):
     loader = {"loader.threads": "1", "loader.workers": "2"}
     state = train.train(runs.tiny(EVERY_2 | RANDOM | loader), tmp_path / "run")
     runs.assert_same(state, straight)
-    assert without_times(runs.lines(tmp_path / "run")) == without_times(before)
+    assert runs.without_times(runs.lines(tmp_path / "run")) == runs.without_times(before)
 
 
 def test_a_finished_run_is_left_alone(copy, caplog):
@@ -188,31 +182,11 @@ def test_nothing_is_trained_where_every_checkpoint_is_torn(copy):
 # Other meshes, accumulation, scan and remat: the same losses.
 
 
-def few_losses(num_devices, changes):
-    """Loss and gradient norm of 5 updates on some of the devices: float [5, 2]."""
-    config = runs.tiny({"batch_size": "16", "steps": "5"} | changes)
-    program = train.build(config, jax.devices()[:num_devices])
-    found = []
-    with sharding.use(program.mesh):
-        state = states.create(program.objective, program.tx, program.mesh, config.seed)
-        step, batches = program.compile(), train.open_batches(config, program, 0)
-        for n in range(1, 6):
-            batch = sharding.to_global(next(batches)[0], program.mesh, config.batch_size)
-            state, values = step(state, batch, np.int32(n))
-            found.append([float(values["loss"]), float(values["grad_norm"])])
-        batches.close()
-    return np.array(found)
-
-
 @pytest.fixture(scope="module")
 def one_device(quick_compile):
-    """`few_losses` of one device, without and with dropout."""
+    """The first losses of one device, without and with dropout."""
     dropout = {"model.drop_path": "0.2", "model.attention_dropout": "0.1"}
-    return {"still": few_losses(1, {}), "dropout": few_losses(1, dropout)}
-
-
-def mesh(data, fsdp, tensor):
-    return {"mesh.data": str(data), "mesh.fsdp": str(fsdp), "mesh.tensor": str(tensor)}
+    return {"still": runs.few_losses(1, {}), "dropout": runs.few_losses(1, dropout)}
 
 
 SCAN = {"model.scan": "True"}
@@ -222,10 +196,10 @@ DROPOUT = {"model.drop_path": "0.2", "model.attention_dropout": "0.1"}
 @pytest.mark.parametrize(
     "num_devices, changes",
     [
-        (8, mesh(8, 1, 1)),
-        (8, mesh(1, 8, 1) | DROPOUT),
-        (8, mesh(2, 2, 2) | DROPOUT),
-        (8, mesh(4, 2, 1) | {"optimizer.accumulate": "2", "model.remat": "dots"}),
+        (8, runs.mesh(8, 1, 1)),
+        (8, runs.mesh(1, 8, 1) | DROPOUT),
+        (8, runs.mesh(2, 2, 2) | DROPOUT),
+        (8, runs.mesh(4, 2, 1) | {"optimizer.accumulate": "2", "model.remat": "dots"}),
         (1, SCAN | {"optimizer.accumulate": "4", "model.remat": "full"}),
     ],
     ids=["data", "fsdp", "all", "accumulate", "scan"],
@@ -234,7 +208,7 @@ def test_the_losses_are_those_of_one_device(one_device, num_devices, changes):
     """Measured: at most 5e-7 apart, a few float32 roundings."""
     expected = one_device["dropout" if "model.drop_path" in changes else "still"]
     assert len(set(expected[:, 0])) == 5
-    np.testing.assert_allclose(few_losses(num_devices, changes), expected, rtol=4e-6)
+    np.testing.assert_allclose(runs.few_losses(num_devices, changes), expected, rtol=4e-6)
 
 
 # Guards.
@@ -253,7 +227,7 @@ def test_a_diverged_run_stops_with_a_finite_state(tmp_path, rate):
         train.train(config, tmp_path)
     assert str(second.value) == str(first.value)
     assert checkpoint.numbered(tmp_path / "checkpoints")[0] == step
-    assert without_times(runs.lines(tmp_path)) == without_times(lines)
+    assert runs.without_times(runs.lines(tmp_path)) == runs.without_times(lines)
     program = train.build(config)
     checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", 2)
     state = checkpoints.restore_newest(program.abstract)

@@ -2,37 +2,64 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from bivl.core.errors import GuardStop
 
 
-def channel_std(x, mask):
-    """Mean over channels of the std over masked tokens: x [B, L, D], mask bool [B, L] -> scalar.
+def channel_std(x, mask=None):
+    """Mean over channels of the std over tokens: x [..., D] -> scalar; with `mask` bool [...], over
+    the masked tokens.
 
     sqrt(unbiased variance + 1e-6), as data2vec's misnamed `target_var` and `pred_var`
     (fairseq `models/data2vec_audio.py`, `compute_var`); over the global batch. About 1 where
     targets are layer-normalised and tokens differ, near 0 where all tokens are alike.
     """
-    x, mask = x.astype(jnp.float32), mask[..., None].astype(jnp.float32)
+    x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    mask = jnp.ones((len(x), 1)) if mask is None else mask.reshape(-1, 1).astype(jnp.float32)
     count = mask.sum()
-    mean = (x * mask).sum((0, 1)) / count
-    variance = (jnp.square(x - mean) * mask).sum((0, 1)) / jnp.maximum(count - 1, 1)
+    mean = (x * mask).sum(0) / jnp.maximum(count, 1)
+    variance = (jnp.square(x - mean) * mask).sum(0) / jnp.maximum(count - 1, 1)
     return jnp.sqrt(variance + 1e-6).mean()
 
 
+def some_tokens(x, limit: int = 256):
+    """At most `limit` evenly spaced tokens of x [..., D], as [n, D] in float32."""
+    x = x.reshape(-1, x.shape[-1])
+    return x[:: max(1, x.shape[0] // limit)][:limit].astype(jnp.float32)
+
+
 def effective_rank(x, limit: int = 256):
-    """Participation ratio of the covariance spectrum of tokens x [B, L, D]: scalar in [1, D].
+    """Participation ratio of the covariance spectrum of tokens x [..., D]: scalar in [1, D].
 
     (sum of eigenvalues)^2 / (sum of squared eigenvalues), from the Gram matrix of at most `limit`
     evenly spaced tokens, so it needs no decomposition. It is exp of the Renyi-2 entropy, a lower
     bound of the entropy-based effective rank of Roy and Vetterli (2007).
     """
-    x = x.reshape(-1, x.shape[-1])
-    x = x[:: max(1, x.shape[0] // limit)][:limit].astype(jnp.float32)
+    x = some_tokens(x, limit)
     x = x - x.mean(0)
     gram = x @ x.T
     return jnp.square(jnp.trace(gram)) / jnp.maximum(jnp.square(gram).sum(), 1e-12)
+
+
+def distances(teacher, params) -> dict[str, jax.Array]:
+    """|T - S| / |S| of the parameters that the teacher holds, by stage: the first name of a path,
+    and `block_i` of the layers stacked [N, ...] under `blocks`. 0 where the two are one."""
+    totals: dict[str, tuple] = {}
+    for path, mine in jax.tree_util.tree_flatten_with_path(teacher)[0]:
+        theirs = params
+        for key in path:
+            theirs = theirs[key.key]
+        stacked = any(key.key == "blocks" for key in path)
+        axes = tuple(range(stacked, mine.ndim))
+        squares = (jnp.square(mine - theirs).sum(axes), jnp.square(theirs).sum(axes))
+        stage = "blocks" if stacked else path[0].key
+        old = totals.get(stage, (0.0, 0.0))
+        totals[stage] = (old[0] + squares[0], old[1] + squares[1])
+    found = {name: jnp.sqrt(a / jnp.maximum(b, 1e-12)) for name, (a, b) in totals.items()}
+    blocks = found.pop("blocks", ())
+    return found | {f"block_{i}": blocks[i] for i in range(len(blocks))}
 
 
 @dataclasses.dataclass

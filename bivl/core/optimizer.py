@@ -112,7 +112,20 @@ def scale_by_layer(decay: float, embed: bool = True) -> optax.GradientTransforma
 
 
 def hold(pattern: str, steps: int) -> optax.GradientTransformation:
-    """Zeroes the updates of parameters whose path `pattern` finds, for the first `steps` calls."""
+    """Zeroes the updates of parameters whose path `pattern` finds, for the first `steps` calls.
+
+    UserError where it finds none of the parameters, or all.
+    """
+
+    def init(params):
+        paths = [_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+        found = sum(bool(re.search(pattern, path)) for path in paths)
+        if paths and found in (0, len(paths)):  # optax.tree.map_params tries it without any
+            raise UserError(
+                f"config.optimizer.freeze={pattern!r} finds {found} of {len(paths)} parameters; "
+                "write a regex of those that shall stand still, or set freeze_steps=0"
+            )
+        return jnp.int32(0)
 
     def update(updates, count, params=None):
         def leaf(path, u):
@@ -120,21 +133,30 @@ def hold(pattern: str, steps: int) -> optax.GradientTransformation:
 
         return jax.tree_util.tree_map_with_path(leaf, updates), count + 1
 
-    return optax.GradientTransformation(lambda params: jnp.int32(0), update)
+    return optax.GradientTransformation(init, update)
 
 
-def _late_adam(config):
-    """Adam whose moments and counts of frozen parameters begin when those begin to move."""
-    adam = lambda: optax.scale_by_adam(config.beta1, config.beta2, config.eps)  # noqa: E731
+def adam(config) -> optax.GradientTransformation:
+    """Adam. What `hold` has held starts from count 0 when it begins to move.
+
+    Its moments are zero until then, as its gradients were: only the correction of their bias must
+    count from there.
+    """
+    inner = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
     if not config.freeze_steps:
-        return adam()
-    late = optax.conditionally_mask(adam(), lambda step: step >= config.freeze_steps)
-    return optax.partition(
-        {"late": late, "free": adam()},
-        lambda params: jax.tree_util.tree_map_with_path(
-            lambda p, _: "late" if re.search(config.freeze, _path(p)) else "free", params
-        ),
-    )
+        return inner
+
+    def update(updates, state, params=None):
+        since = state._replace(count=jnp.maximum(state.count - config.freeze_steps, 0))
+        late, _ = inner.update(updates, since, params)
+        free, state = inner.update(updates, state, params)
+
+        def leaf(path, a, b):
+            return a if re.search(config.freeze, _path(path)) else b
+
+        return jax.tree_util.tree_map_with_path(leaf, late, free), state
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def make_optimizer(config, schedule) -> optax.GradientTransformation:
@@ -155,7 +177,7 @@ def make_optimizer(config, schedule) -> optax.GradientTransformation:
             ) from error
     held = [hold(config.freeze, config.freeze_steps)] if config.freeze_steps else []
     parts = [*held, optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else [*held]
-    parts.append(_late_adam(config))
+    parts.append(adam(config))
     if config.weight_decay:
         mask = lambda params: decay_mask(params, config.no_decay)  # noqa: E731
         parts.append(optax.add_decayed_weights(config.weight_decay, mask))

@@ -21,7 +21,6 @@ RULES = (
     ("embed", "fsdp"),
     ("mlp", "tensor"),
     ("heads", "tensor"),
-    ("vocab", "tensor"),
     ("layers", None),
     ("length", None),
     ("act_embed", None),

@@ -1,30 +1,22 @@
 """Folders of sound files with transcripts or class names, and the layout of LibriSpeech."""
 
-import collections
-import csv
 import dataclasses
-import functools
 import hashlib
-import json
 import os
 import pathlib
-import posixpath
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from bivl.core.errors import UserError
+from bivl.data import transcripts
 from bivl.data.audio import SUFFIXES
 from bivl.data.table import Column, Table, refuse_name, setting, split_names, split_ranges
+from bivl.data.transcripts import Files
 
-MAX_BYTES = 2**28  # 256 MiB of transcripts in one file; LibriSpeech's 960 hours have 50 MiB
-_LIBRISPEECH = ".trans.txt"
-_NAMES = ("transcripts.tsv", "transcripts.jsonl", "metadata.csv", "transcription")
-_NOISE = "_background_noise_"  # in Speech Commands, a folder that is no class
 _USUAL_SPLITS = {"train", "test", "dev", "val", "valid", "validation", "eval"}
-Files = dict[str, str]  # path relative to the folder of the split, with slashes -> path
 Row = tuple[str, str, str, int]  # path relative to that folder, path, text, label
 
 
@@ -48,19 +40,23 @@ def speech_folder_table(config: Mapping[str, Any]) -> Table:
     walk, split = _open(config), setting(config, "split", "train")
     folders = _split_folders(walk, split)
     parts = {name: dict(walk(folders[name])) for name, _, _ in split_names(split)}
-    texts = {name: _transcripts(files) for name, files in parts.items()}
+    texts = {name: transcripts.texts_of(files) for name, files in parts.items()}
     without = [folders[name] for name in texts if not texts[name]]
     if without and len(without) < len(texts):
         raise UserError(f"{without[0]} has no transcripts as other splits do; add transcripts.tsv")
     labels: dict[str, int] = {}
     if without:
-        everywhere = {_class(key) for path in folders.values() for key in _sounds(dict(walk(path)))}
+        everywhere = {
+            transcripts.folder_of(key)
+            for path in folders.values()
+            for key in transcripts.sounds(dict(walk(path)))
+        }
         if "" not in everywhere and len(everywhere) > 1:
             labels = {name: number for number, name in enumerate(sorted(everywhere))}
     rows = {
         name: [
-            (key, files[key], texts[name].get(key, ""), labels.get(_class(key), 0))
-            for key in (texts[name] or _sounds(files))
+            (key, files[key], texts[name].get(key, ""), labels.get(transcripts.folder_of(key), 0))
+            for key in (texts[name] or transcripts.sounds(files))
         ]
         for name, files in parts.items()
     }
@@ -84,7 +80,7 @@ def librispeech_table(config: Mapping[str, Any]) -> Table:
     folders = {
         name: path
         for name, path in top.items()
-        if any(key.endswith(_LIBRISPEECH) for key, _ in walk(path))
+        if any(key.endswith(transcripts.LIBRISPEECH) for key, _ in walk(path))
     }
     if not folders:
         layout = "train-clean-100/SPEAKER/CHAPTER/*.trans.txt"
@@ -101,7 +97,7 @@ def librispeech_table(config: Mapping[str, Any]) -> Table:
         files = {key: path for key, path in walk(folders[name]) if key.count("/") == 2}
         rows[name] = [
             (key, files[key], text, number[key.split("/")[0]])
-            for key, text in _transcripts(files).items()
+            for key, text in transcripts.texts_of(files).items()
         ]
     return _table(walk, split, rows, True, tuple(names))
 
@@ -170,15 +166,15 @@ def _split_folders(walk: "_Walk", split: str) -> Files:
     """Split name -> folder, for either layout."""
     wanted = [name for name, _, _ in split_names(split)]
     top, beside = walk.inside(walk.root)
-    top = {name: path for name, path in top.items() if any(map(_is_sound, walk(path)))}
-    whole = bool(_sounds(beside) or _find_transcripts(beside))
+    top = {name: path for name, path in top.items() if any(map(transcripts.is_sound, walk(path)))}
+    whole = bool(transcripts.sounds(beside) or transcripts.find(beside))
     if not whole and all(name in top for name in wanted):
         return top
     usual = [name for name in top if name.replace("_", "-").split("-")[0] in _USUAL_SPLITS]
     if not whole and usual:
         missing = next(name for name in wanted if name not in top)
         refuse_name(f"data.split: in {walk.root} the split", missing, top)
-    if not top and not _sounds(beside):
+    if not top and not transcripts.sounds(beside):
         ends = ", ".join(SUFFIXES)
         raise UserError(f"data.dir={walk.root} holds no sounds; expected files that end in {ends}")
     if other := next((name for name in wanted if name != "train"), None):
@@ -238,112 +234,3 @@ class _Walk:
         if not inside:
             self._left_out[entry.path] = None
         return inside
-
-
-def _is_sound(file: tuple[str, str]) -> bool:
-    return file[0].lower().endswith(SUFFIXES) and _class(file[0]) != _NOISE
-
-
-def _sounds(files: Files) -> Files:
-    return dict(filter(_is_sound, files.items()))
-
-
-def _class(key: str) -> str:
-    """The name of the folder in which a file lies, "" directly in that of the split."""
-    return posixpath.basename(posixpath.dirname(key))
-
-
-def _find_transcripts(files: Files) -> list[str]:
-    """Files directly in a folder that hold its transcripts."""
-    direct = [key for key in files if "/" not in key]
-    return [key for key in direct if key in _NAMES or key.endswith(".transcription")]
-
-
-def _transcripts(files: Files) -> dict[str, str]:
-    """Sound file -> its text, for the files of one split; empty where there are no transcripts."""
-    found = _find_transcripts(files)
-    if len(found) > 1:
-        raise UserError(f"{files[found[0]]} lies beside {', '.join(found[1:])}; keep one of them")
-    found = found or [key for key in files if key.endswith(_LIBRISPEECH)]
-    names, texts = _names(_sounds(files)) if found else {}, {}
-    for key in found:
-        for name, text in _pairs(files[key]):
-            # Looked up and never joined to a path, so that no name leads out of the folder.
-            sound = names.get(posixpath.normpath(posixpath.join(posixpath.dirname(key), name)))
-            if not sound:
-                cause = f"{files[key]}: {name!r} is not the name of one sound in its folder"
-                raise UserError(f"{cause}; add the file or drop the line")
-            if sound in texts:
-                raise UserError(f"{files[key]}: {name!r} has two transcripts; drop one")
-            texts[sound] = text
-    return texts
-
-
-def _names(sounds: Files) -> dict[str, str]:
-    """What transcripts may call a sound -> the sound, "" for what two of them are called."""
-    names: dict[str, str] = {}
-    stems = {key: key.rpartition(".")[0] for key in sounds}
-    for level in ({key: posixpath.basename(stems[key]) for key in sounds}, stems):
-        count = collections.Counter(level.values())
-        names |= {name: key if count[name] == 1 else "" for key, name in level.items()}
-    return names | {key: key for key in sounds}
-
-
-def _pairs(path: str) -> Iterator[tuple[str, str]]:
-    """(name, text) of each line of a transcript file."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise UserError(f"{path} is larger than {MAX_BYTES} bytes; split the data set")
-        lines = data.decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 ({error}); correct it") from error
-    if path.endswith(".csv"):
-        yield from _csv(path, lines)
-        return
-    parse = next(parse for end, parse in _PARSERS.items() if path.endswith(end))
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            if not (pair := parse(line.strip("\r"))):
-                raise UserError(f"{path}, line {number} cannot be read; correct or drop it")
-            yield pair
-
-
-def _csv(path: str, lines: list[str]) -> Iterator[tuple[str, str]]:
-    try:
-        for row in csv.DictReader(line + "\n" for line in lines):
-            name, text = row.get("file_name"), row.get("transcription")
-            if name is None or text is None:
-                raise UserError(f"{path} needs the columns file_name and transcription; add them")
-            yield name, text
-    except csv.Error as error:
-        raise UserError(f"{path} is no CSV file ({error}); correct it") from error
-
-
-def _jsonl(line: str) -> tuple[str, str] | None:
-    try:
-        entry = json.loads(line)
-        pair = (entry["audio"], entry["text"])
-    except (ValueError, TypeError, LookupError, RecursionError):
-        return None
-    return pair if all(isinstance(value, str) for value in pair) else None
-
-
-def _cut(line: str, mark: str) -> tuple[str, str] | None:
-    name, found, text = line.partition(mark)
-    return (name, text.strip()) if found else None
-
-
-def _sphinx(line: str) -> tuple[str, str] | None:
-    text, bracket, name = line.rstrip().removesuffix(")").rpartition("(")
-    text = text.strip().removeprefix("<s>").removesuffix("</s>").strip()
-    return (name.strip(), text) if bracket else None
-
-
-_PARSERS: dict[str, Callable[[str], tuple[str, str] | None]] = {
-    ".tsv": functools.partial(_cut, mark="\t"),
-    ".jsonl": _jsonl,
-    _LIBRISPEECH: functools.partial(_cut, mark=" "),
-    "transcription": _sphinx,
-}

@@ -25,7 +25,7 @@ _SMALL = pathlib.Path(__file__).parent / "vocabulary" / "small"
 class Tokenizer:
     """A vocabulary of V = `size` pieces, special ones included; small to pickle, quick to reopen.
 
-    kind: which library splits, "bpe" or "sentencepiece".
+    kind: who splits, "bpe", "sentencepiece" or "bytes".
     data: what that library is opened from.
     bos, pad, eos, unk, mask: the special ids. `unk` is what encode gives where it must, none of
       the others is ever an output of encode.
@@ -75,6 +75,7 @@ def load(config: Mapping[str, Any]) -> Tokenizer:
 
     kind:
       small: ours, byte-level BPE with 2,048 ids, packaged; for smoke runs and small texts.
+      bytes: one id a byte of UTF-8, 4 and above; 261 ids, no files.
       bpe: byte-level BPE of GPT-2 and RoBERTa; `path` is a folder in the layout of Hugging Face
         (vocab.json with merges.txt, or tokenizer.json) or of fairseq (encoder.json with vocab.bpe
         and dict.txt). fairseq's ids are <s>, <pad>, </s>, <unk>, the lines of dict.txt in their
@@ -91,10 +92,10 @@ def load(config: Mapping[str, Any]) -> Tokenizer:
     kind, path = setting(config, "kind", ""), setting(config, "path", "")
     if kind not in KINDS:
         refuse_name("tokenizer.kind", kind, KINDS)
-    if kind == "small":
+    if kind in ("small", "bytes"):
         if path:
             raise UserError(
-                f"tokenizer.path={path} is set, but kind=small has its own files; use kind=bpe, "
+                f"tokenizer.path={path} is set, but kind={kind} has its own files; use kind=bpe, "
                 "or leave the path empty"
             )
         path = _SMALL
@@ -177,6 +178,23 @@ def _load_sentencepiece(path: pathlib.Path) -> Tokenizer:
     return Tokenizer("sentencepiece", data, size, *special)
 
 
+_FIRST = 4  # the id of byte 0, behind <s>, <pad>, </s>, <unk>; <mask> comes last
+
+
+def _load_bytes(path: pathlib.Path) -> Tokenizer:
+    del path
+    return Tokenizer("bytes", b"", 256 + _FIRST + 1, *range(_FIRST), 256 + _FIRST)
+
+
+def _open_bytes(data: bytes) -> tuple[Callable, Callable]:
+    del data
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [[byte + _FIRST for byte in text.encode()] for text in texts]
+
+    return encode, lambda ids: bytes(i - _FIRST for i in ids).decode("utf-8", "replace")
+
+
 @functools.lru_cache(2)
 def _sentencepiece(data: bytes) -> Any:
     import sentencepiece
@@ -233,9 +251,10 @@ def _line(error: BaseException) -> str:
     return " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())[:200]
 
 
-_OPEN = {"bpe": _open_bpe, "sentencepiece": _open_sentencepiece}
+_OPEN = {"bpe": _open_bpe, "sentencepiece": _open_sentencepiece, "bytes": _open_bytes}
 KINDS: dict[str, Callable[[pathlib.Path], Tokenizer]] = {
     "small": _load_bpe,
     "bpe": _load_bpe,
     "sentencepiece": _load_sentencepiece,
+    "bytes": _load_bytes,
 }

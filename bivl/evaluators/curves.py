@@ -30,10 +30,10 @@ def curves(metrics_path):
     a missing file and for any other line that is not such an object.
     """
     lines = read_metrics(metrics_path)
-    figure = Figure(figsize=(10.5, 6.6), dpi=DPI)
+    figure = Figure(figsize=(14.5, 6.6), dpi=DPI)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     last = max((line["step"] for line in lines), default=0)
-    for axis, (title, pick, noisy) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+    for axis, (title, pick, noisy) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         keys = sorted({key for line in lines for key in line if pick(key)}, reverse=True)
         _panel(axis, title, lines, keys, noisy)
         axis.set_xlim(0, max(last, 1))
@@ -43,9 +43,11 @@ def curves(metrics_path):
 
 PANELS = (  # title, which keys of a metrics line the panel draws, whether they are noisy
     ("Loss", lambda key: key == "loss", True),
-    ("Standard deviation", lambda key: key in ("target_std", "prediction_std"), True),
+    ("Std over masked tokens", lambda key: key in ("target_std", "prediction_std"), True),
+    ("Std of the teacher", lambda key: key.split("/")[0] == "std", True),
+    ("Effective rank of the teacher", lambda key: key.split("/")[0] == "effective_rank", True),
+    ("Distance of teacher and student", lambda key: key.split("/")[0] == "teacher_distance", True),
     ("Learning rate", lambda key: key == "learning_rate", False),
-    ("Effective rank", lambda key: key.split("/")[0] == "effective_rank", True),
 )
 
 

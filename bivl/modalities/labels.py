@@ -22,8 +22,10 @@ def target(record, num_classes: int):
         )
     label = record["label"]
     if num_classes == 1:
+        if not np.isfinite(label):
+            raise UserError(f"record {record.get('id', '?')} has the label {label}; leave it out")
         return np.float32(label)
-    if label != int(label) or not 0 <= label < num_classes:
+    if not (0 <= label < num_classes and label == int(label)):
         raise UserError(
             f"record {record.get('id', '?')} has the label {label}, but config.num_classes="
             f"{num_classes}; correct it (1 is regression), or leave unlabelled records out"

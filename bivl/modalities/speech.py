@@ -154,16 +154,20 @@ def preprocess(config):
 def device_ops(config):
     """batch -> batch with final masks, inside the compiled step.
 
-    Spans: every row keeps as many masked frames as the row with the fewest, chosen by its random
-    order (wav2vec 2.0's `require_same_masks`). Clones: frames of padding are scored nowhere.
+    Spans: every row keeps as large a share of its frames masked as the row with the smallest,
+    chosen by its random order. wav2vec 2.0 (`require_same_masks`) makes the counts equal, which is
+    the same among rows of one length; a short, padded row would else unmask all the others.
+    Clones: frames of padding are scored nowhere.
     """
 
     def equalize(batch):
         if "order" not in batch:
             return batch
-        mask = batch["mask"]
+        mask, valid = batch["mask"], jnp.maximum(num_frames(config, batch["length"]), 1)
+        share = (mask.sum(1) / valid).min()
+        count = jnp.maximum(jnp.round(share * valid).astype(jnp.int32), 1)
         rank = jnp.where(mask, batch["order"], mask.shape[1])
-        limit = jnp.take_along_axis(jnp.sort(rank, axis=1), mask.sum(1).min()[None, None] - 1, 1)
+        limit = jnp.take_along_axis(jnp.sort(rank, axis=1), count[:, None] - 1, 1)
         return batch | {"mask": mask & (rank <= limit)}
 
     def hide(batch):

@@ -141,7 +141,10 @@ class Vector(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Table [V, D] and its lookup: int ids [...] -> [..., D]."""
+    """Table [V, D] and its lookup: int ids [...] -> [..., D].
+
+    Only the width is sharded: vocabularies are as odd as RoBERTa's 50,265.
+    """
 
     size: int
     width: int
@@ -151,7 +154,7 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, ids):
         table = self.param(
-            "table", partitioned(self.init, ("vocab", "embed")), (self.size, self.width)
+            "table", partitioned(self.init, (None, "embed")), (self.size, self.width)
         )
         return jnp.take(table, ids, axis=0).astype(self.dtype)
 

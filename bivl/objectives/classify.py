@@ -43,10 +43,15 @@ class Classifier(nn.Module):
 
 
 def make(config) -> Objective:
-    """Reads `modality model num_classes classifier smoothing augment dtype`."""
+    """Reads `modality model num_classes label_scale classifier smoothing augment dtype text`.
+
+    Regression learns labels times `label_scale`; predict["logits"] is in the labels' own unit.
+    """
     check(config)
     modality = importlib.import_module(f"bivl.modalities.{config.modality}")
-    inputs, classes = modality.inputs(config), config.num_classes
+    shown = shortened(config)
+    inputs, classes = modality.inputs(shown), config.num_classes
+    scale = config.label_scale if classes == 1 else 1
     kind = jnp.float32 if classes == 1 else jnp.int32
     spec = inputs | {"label": jax.ShapeDtypeStruct((config.batch_size,), kind)}
     if config.modality == "image":
@@ -65,7 +70,7 @@ def make(config) -> Objective:
             rest["image"], wanted = augmented(config, batch, jax.random.fold_in(key, 1))
         rngs = {"dropout": key}
         logits = model.apply({"params": params}, rest, deterministic=False, rngs=rngs)
-        value = each_loss(logits, wanted, config.smoothing).mean()
+        value = each_loss(logits, wanted * scale, config.smoothing).mean()
         metrics = {} if classes == 1 else {"train_accuracy": agreement(logits, wanted)}
         return value, {"weight": jnp.float32(len(logits)), "metrics": metrics}
 
@@ -73,9 +78,24 @@ def make(config) -> Objective:
         return model.apply({"params": params}, batch, collect=collect, method="encode")
 
     predict = encoding.predictions(encode, modality, config)
-    predict["logits"] = lambda params, extras, batch: model.apply({"params": params}, batch)
-    ops = modality.labelled_ops(config), modality.eval_ops(config), modality.preprocess(config)
-    return Objective(spec, init, no_targets, loss, no_update, predict, *ops)
+    predict["logits"] = lambda params, extras, batch: model.apply({"params": params}, batch) / scale
+    ops = modality.labelled_ops(shown), modality.eval_ops(shown), modality.preprocess(shown)
+    return Objective(spec, init, no_targets, loss, no_update, predict, *ops, checked(classes))
+
+
+def checked(num_classes: int):
+    """-> function source -> source; UserError where its labels have more names than classes."""
+
+    def same(source):
+        names = source.classes or ()
+        if num_classes > 1 and len(names) > num_classes:
+            raise UserError(
+                f"config.num_classes={num_classes} but the data has {len(names)} classes "
+                f"({source.title}); set config.num_classes={len(names)}"
+            )
+        return source
+
+    return same
 
 
 def no_targets(params, teacher, extras, batch, key):
@@ -88,12 +108,29 @@ def no_update(teacher, extras, params, aux, step):
     return teacher, extras, {}
 
 
+def shortened(config):
+    """The config of the inputs: texts are padded to `text.input_length` tokens, and not to the
+    `text.length` for which pre-training made positions."""
+    if config.modality != "text":
+        return config
+    length, most = config.text.input_length, config.text.length
+    if not 4 <= length <= most:
+        raise UserError(
+            f"config.text.input_length={length} must lie between 4 and text.length={most}"
+        )
+    shown = config.copy_and_resolve_references()
+    shown.text.length = length
+    return shown
+
+
 def check(config) -> None:
     """UserError for settings that cannot be."""
     if config.num_classes < 1:
         raise UserError(f"config.num_classes={config.num_classes} must be 1 (regression) or more")
     if not 0 <= config.smoothing < 1:
         raise UserError(f"config.smoothing={config.smoothing} must lie in [0, 1)")
+    if not config.label_scale > 0:
+        raise UserError(f"config.label_scale={config.label_scale} must be positive")
     choice("classifier.pool", config.classifier.pool, ("mean", "first"))
     if config.num_classes == 1 and config.modality == "image":
         raise UserError("config.num_classes=1 is regression, which Mixup does not know; use texts")

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from bivl.core.config import choice
 from bivl.core.errors import Undecodable, UserError
 from bivl.core.objective import Objective
 from bivl.data import sequence_masking
@@ -50,11 +51,12 @@ class Recognizer(nn.Module):
         return jax.nn.log_softmax(logits.astype(jnp.float32)), tokens.padding
 
 
-def transcribed(config, letters):
+def transcribed(config, letters, key: str = "length"):
     """-> function record -> {audio, length, transcript int32 [U], padded with blanks}.
 
-    Whole utterances: one that is longer than `audio.length` or `max_letters` is Undecodable.
+    Whole utterances: one that is longer than `audio.KEY` or `max_letters` is Undecodable.
     """
+    length = config.audio[key]
 
     def read(record):
         if "text" not in record:
@@ -63,12 +65,12 @@ def transcribed(config, letters):
                 f"transcripts (a record has {sorted(record)})"
             )
         x, ids = speech.waveform(config, record), letters.encode(record["text"])
-        if len(x) > config.audio.length or len(ids) > config.max_letters:
+        if len(x) > length or len(ids) > config.max_letters:
             raise Undecodable(
-                f"{len(x)} samples and {len(ids)} letters are over config.audio.length="
-                f"{config.audio.length} or config.max_letters={config.max_letters}"
+                f"{len(x)} samples and {len(ids)} letters are over config.audio.{key}={length} "
+                f"or config.max_letters={config.max_letters}; raise these"
             )
-        x, valid = crop_or_pad(x, config.audio.length)
+        x, valid = crop_or_pad(x, length)
         transcript = np.full(config.max_letters, BLANK, np.int32)
         transcript[: len(ids)] = ids
         return {"audio": x, "length": np.int32(valid), "transcript": transcript}
@@ -93,8 +95,8 @@ def train_ops(config, letters):
 
 
 def eval_ops(config, letters):
-    """record -> {audio, length, transcript, id?}."""
-    read = transcribed(config, letters)
+    """record -> {audio, length, transcript, id?}, padded to `audio.eval_length`."""
+    read = transcribed(config, letters, "eval_length")
 
     def ops(record):
         try:
@@ -109,16 +111,41 @@ def eval_ops(config, letters):
 def ctc_loss(log_probs, padding, transcript):
     """log_probs [B, L, V], padding bool [B, L], transcript int32 [B, U] -> [B], in nats.
 
-    -log of the sum over all alignments (Graves et al. 2006), by optax.
+    -log of the sum over all alignments (Graves et al. 2006), by optax; 0 where there is none
+    (fairseq's `zero_infinity`, which the recipes switch on).
     """
     ends = transcript == BLANK
-    return optax.ctc_loss(log_probs, padding * 1.0, transcript, ends * 1.0, blank_id=BLANK)
+    losses = optax.ctc_loss(log_probs, padding * 1.0, transcript, ends * 1.0, blank_id=BLANK)
+    return jnp.where(alignable(padding, transcript), losses, 0.0)
+
+
+def alignable(padding, transcript):
+    """bool [B]: whether there are frames for every letter, and for a blank between equal ones."""
+    real = transcript != BLANK
+    doubled = (transcript[:, 1:] == transcript[:, :-1]) & real[:, 1:]
+    return real.sum(1) + doubled.sum(1) <= (~padding).sum(1)
+
+
+def check(config) -> None:
+    """UserError for settings that cannot be."""
+    if config.modality != "speech":
+        raise UserError(f"config.modality={config.modality!r} has no frames to spell; use speech")
+    choice("masking.kind", config.masking.kind, ("span",))
+    if config.max_letters < 1:
+        raise UserError(f"config.max_letters={config.max_letters} must be at least 1")
+    for name, value in (
+        ("channels.ratio", config.channels.ratio),
+        ("ctc_dropout", config.ctc_dropout),
+    ):
+        if not 0 <= value < 1:
+            raise UserError(f"config.{name}={value} must lie in [0, 1)")
+    if config.channels.span < 1:
+        raise UserError(f"config.channels.span={config.channels.span} must be at least 1")
 
 
 def make(config) -> Objective:
     """Reads `model audio letters max_letters masking mask_ratio channels ctc_dropout dtype`."""
-    if config.modality != "speech":
-        raise UserError(f"config.modality={config.modality!r} has no frames to spell; use speech")
+    check(config)
     letters = Letters(config.letters)
     shapes = {
         "transcript": ((config.max_letters,), jnp.int32),
@@ -138,9 +165,10 @@ def make(config) -> Objective:
 
     def loss(params, extras, batch, targets, key):
         rngs = {"dropout": key}
-        out = model.apply({"params": params}, finish(batch), True, False, rngs=rngs)
-        value = ctc_loss(*out, batch["transcript"]).mean()
-        return value, {"weight": jnp.float32(len(batch["audio"])), "metrics": {}}
+        out, padding = model.apply({"params": params}, finish(batch), True, False, rngs=rngs)
+        value = ctc_loss(out, padding, batch["transcript"]).mean()
+        metrics = {"alignable": alignable(padding, batch["transcript"]).mean()}
+        return value, {"weight": jnp.float32(len(batch["audio"])), "metrics": metrics}
 
     def encode(params, batch, collect):
         return model.apply({"params": params}, batch, collect=collect, method="encode")

@@ -93,11 +93,17 @@ def teacher_targets(encode, config):
     return teach
 
 
-def rank_metrics(encoded, values) -> dict[str, jax.Array]:
-    """`effective_rank/STAGE` of the teacher's embedding, each block's output and the targets."""
+def stage_metrics(encoded, values) -> dict[str, jax.Array]:
+    """`effective_rank/STAGE` and `std/STAGE` of the teacher's embedding, each block's output and
+    the targets."""
     stages = {"embedding": encoded.layers[0], "target": values}
     stages |= {f"block_{i}": x for i, x in enumerate(encoded.layers[1:])}
-    return {f"effective_rank/{name}": collapse.effective_rank(x) for name, x in stages.items()}
+    found = {}
+    for name, x in stages.items():
+        tokens = collapse.some_tokens(x)
+        found[f"effective_rank/{name}"] = collapse.effective_rank(tokens)
+        found[f"std/{name}"] = collapse.channel_std(tokens)
+    return found
 
 
 def masked_regression(prediction, target, mask, config):
@@ -126,7 +132,10 @@ def teacher_update(config):
     rate = ema.update_rate(config.ema_decay_start, config.ema_decay_end, config.ema_anneal_steps)
 
     def update(teacher, extras, params, aux, step):
-        return ema.track(teacher, params, rate(step)), extras, {"ema_decay": 1 - rate(step)}
+        teacher = ema.track(teacher, params, rate(step))
+        distances = collapse.distances(teacher, params)
+        metrics = {f"teacher_distance/{stage}": x for stage, x in distances.items()}
+        return teacher, extras, {"ema_decay": 1 - rate(step), **metrics}
 
     return update
 
@@ -172,7 +181,7 @@ def objective(config, build, loss, masked, untracked=()) -> Objective:
 
     def targets(params, teacher, extras, batch, key):
         values, encoded = teach(ema.completed(teacher, params), shown(finish(batch)), key)
-        return {"values": values, "metrics": rank_metrics(encoded, values)}
+        return {"values": values, "metrics": stage_metrics(encoded, values)}
 
     def total(params, extras, batch, targets, key):
         value, aux = loss(student, params, finish(batch), targets["values"], key)

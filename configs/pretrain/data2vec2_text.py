@@ -6,7 +6,7 @@
 size=base    books and Wikipedia, a million updates of 64 blocks of 512 tokens x 8 masks. 16 GPUs.
              No published score that we have read.
 size=large   600,000 updates of 64 blocks, lr 1e-4, 32 GPUs; the same.
-size=tiny    128 x 4 x 4, 128 tokens, the interpreter's own documentation; two CPU cores.
+size=tiny    128 x 4 x 4, 64 bytes of the interpreter's own documentation; two CPU cores.
 smoke        20 updates of `tiny`, under a minute on two CPU cores.
 
 Follows fairseq's `examples/data2vec/config/v2/base_text_only_task.yaml` and its large sibling, the
@@ -58,6 +58,8 @@ def get_config(text=None):
 
 def tiny(c):
     """As data2vec 1.0's, with a smaller decoder."""
+    masking, ratio = c.masking.to_dict() | {"num_masks": 4}, c.mask_ratio
     data2vec_text.tiny(c)
+    c.masking, c.mask_ratio = masking, ratio
     c.dtype = c.teacher_dtype = "float32"
-    c.decoder.depth, c.masking.num_masks, c.batch_size = 3, 4, 8
+    c.decoder.depth, c.decoder.dropout, c.batch_size = 3, 0.0, 8

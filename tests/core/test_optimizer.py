@@ -142,3 +142,101 @@ def test_clipping_by_global_norm_and_without(clip_norm, length):
     _, state = tx.update(grads, tx.init(grads), grads)
     moment = optax.tree.get(state, "mu")
     assert float(optax.tree.norm(moment)) == pytest.approx(0.5 * length)
+
+
+def test_layer_decay_may_spare_the_embedding():
+    """As fairseq's `mae_image_classification.py`: block i of N at decay^(N - i), the rest at 1."""
+    params = {
+        "embed": {"patch": jnp.ones(2), "relative_position": jnp.ones(2)},
+        "trunk": {"blocks": {"kernel": jnp.ones((3, 2))}, "input_norm": jnp.ones(2)},
+        "head": {"kernel": jnp.ones(2)},
+    }
+    spared = optimizer.layer_scales(params, 0.5, embed=False)
+    np.testing.assert_allclose(spared["trunk"]["blocks"]["kernel"].ravel(), [1 / 8, 1 / 4, 1 / 2])
+    rest = (*spared["embed"].values(), spared["trunk"]["input_norm"], spared["head"]["kernel"])
+    assert [float(scale) for scale in rest] == [1.0] * 4
+    usual = optimizer.layer_scales(params, 0.5)
+    assert float(usual["embed"]["patch"]) == 1 / 16
+    assert float(usual["embed"]["relative_position"]) == 1.0
+
+
+FROZEN = {"freeze": "^(embed|trunk)/", "freeze_steps": 3}
+
+
+def frozen_updates(count, grads, **changes):
+    """Updates of `count` steps: an optimizer with FROZEN and `changes` on two parameters of 2."""
+    config = options(**(FROZEN | {"eps": 1e-3} | changes))
+    tx = optimizer.make_optimizer(config, lambda step: 0.1)
+    params = {"embed": {"kernel": jnp.full(2, 2.0)}, "head": {"kernel": jnp.full(2, 2.0)}}
+    state, found = tx.init(params), []
+    for step in range(count):
+        given = {name: {"kernel": jnp.asarray(g(step))} for name, g in grads.items()}
+        updates, state = tx.update(given, state, params)
+        params = optax.apply_updates(params, updates)
+        found.append(updates)
+    return found, params
+
+
+def growing(step):
+    return np.float32([1.0 + step, -0.3])
+
+
+def test_frozen_parameters_stand_still():
+    """Weight decay does not move them either."""
+    grads = {"embed": growing, "head": growing}
+    found, params = frozen_updates(3, grads, weight_decay=0.1, no_decay="^$")
+    np.testing.assert_array_equal(params["embed"]["kernel"], [2.0, 2.0])
+    assert all((np.asarray(u["head"]["kernel"]) != 0).all() for u in found)
+    found, _ = frozen_updates(4, grads, weight_decay=0.1, no_decay="^$")
+    assert (np.asarray(found[3]["embed"]["kernel"]) != 0).all()
+
+
+def test_what_begins_to_move_begins_adam_anew():
+    """As if it had never been there: moments and the correction of their bias start from zero."""
+    grads = {"embed": growing, "head": growing}
+    found, _ = frozen_updates(6, grads)
+    tx = optimizer.make_optimizer(options(eps=1e-3), lambda step: 0.1)
+    alone = jnp.full(2, 2.0)
+    state = tx.init(alone)
+    for step in range(3, 6):
+        update, state = tx.update(jnp.asarray(growing(step)), state, alone)
+        np.testing.assert_allclose(found[step]["embed"]["kernel"], update, rtol=1e-5)
+    state = tx.init(alone)
+    for step in range(6):
+        update, state = tx.update(jnp.asarray(growing(step)), state, alone)
+        np.testing.assert_allclose(found[step]["head"]["kernel"], update, rtol=1e-5)
+
+
+def test_frozen_gradients_do_not_count_for_clipping():
+    huge = lambda step: np.float32([1e6, 1e6])  # noqa: E731
+    small = lambda step: np.float32([0.03, 0.04])  # noqa: E731
+    clipped, _ = frozen_updates(3, {"embed": huge, "head": small}, clip_norm=1.0)
+    alone, _ = frozen_updates(3, {"embed": lambda step: np.zeros(2), "head": small})
+    for a, b in zip(clipped, alone, strict=True):
+        np.testing.assert_allclose(a["head"]["kernel"], b["head"]["kernel"], rtol=1e-5)
+    moving, _ = frozen_updates(4, {"embed": huge, "head": small}, clip_norm=1.0)
+    before, after = (abs(float(u["head"]["kernel"][0])) for u in moving[2:])
+    assert after < 0.9 * before  # now they do: the head's gradient is clipped to almost nothing
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"freeze": "("}, "config.optimizer.freeze='\\(' is no regex"),
+        ({"freeze": ""}, "freeze='' finds 2 of 2 parameters; write a regex"),
+        ({"freeze": "^encoder/"}, "freeze='\\^encoder/' finds 0 of 2 parameters"),
+    ],
+)
+def test_freezing_everything_or_nothing_is_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        frozen_updates(0, {}, **changes)
+
+
+def test_a_frozen_state_is_sharded_like_its_parameters():
+    """optax.tree.map_params, which places moments with their parameters, knows this optimizer."""
+    tx = optimizer.make_optimizer(options(**FROZEN, layer_decay=0.5), lambda step: 0.1)
+    params = {"embed": {"w": jnp.ones((3, 2))}, "head": {"w": jnp.ones(4)}}
+    mapped = optax.tree.map_params(
+        tx, lambda x, p: p.shape, tx.init(params), params, transform_non_params=lambda x: None
+    )
+    assert optax.tree.get(mapped, "mu") == {"embed": {"w": (3, 2)}, "head": {"w": (4,)}}

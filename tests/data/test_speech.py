@@ -1,4 +1,3 @@
-import importlib
 import json
 import os
 import pickle
@@ -7,10 +6,9 @@ import numpy as np
 import pytest
 
 from bivl.core.errors import UserError
+from bivl.data import transcripts
 from bivl.data.audio import decode_audio, encode_wav
 from bivl.data.speech import holds_speech, librispeech_table, speech_folder_table
-
-speech_module = importlib.import_module("bivl.data.speech")
 
 
 def write(folder, *names):
@@ -178,7 +176,7 @@ def test_transcript_errors(tmp_path):
 def test_transcripts_are_bounded(tmp_path, monkeypatch):
     write(tmp_path, "a.wav")
     (tmp_path / "transcripts.tsv").write_text("a.wav\tone\n")
-    monkeypatch.setattr(speech_module, "MAX_BYTES", 5)
+    monkeypatch.setattr(transcripts, "MAX_BYTES", 5)
     assert "larger than 5 bytes" in message(tmp_path)
 
 

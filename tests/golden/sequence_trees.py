@@ -1,12 +1,12 @@
 """The recorded parameters of data2vec on text and audio, renamed to this project's trees.
 
 `TREES[name](get)`: `get(parameter)` gives an array by its fairseq name; the result is shaped like
-the params of `Data2Vec` or `Data2Vec2`. PyTorch's Linear is [out, in], its convolution [out, in, k].
+the params of `Data2Vec` or `Data2Vec2`. PyTorch's Linear is [out, in], a convolution [out, in, k].
 """
 
 from golden.data2vec_vision import stack
 
-DEPTH, HEADS, EXTRACTOR, POSITIONS, DECODER = 3, 4, 7, 5, 3
+DEPTH, HEADS, EXTRACTOR, POSITIONS, DECODER = 3, 4, 7, 5, 3  # as recorded
 TEXT, AUDIO = "modality_encoders.TEXT", "modality_encoders.AUDIO"
 
 
@@ -66,14 +66,10 @@ def words(get, name: str):
     }
 
 
-def extractor(get, name: str):
-    kernels, norms = (
-        [part.format(f"{name}.{i}") for i in range(EXTRACTOR)] for part in ("{}.0.weight", "{}.2.1")
-    )
-    convolutions = {
-        f"conv{i}": {"kernel": get(kernel).transpose(2, 1, 0)} for i, kernel in enumerate(kernels)
-    }
-    return convolutions | {f"norm{i}": norm(get, n) for i, n in enumerate(norms)}
+def extractor(get, name: str, number: int = EXTRACTOR):
+    kernels = [get(f"{name}.{i}.0.weight").transpose(2, 1, 0) for i in range(number)]
+    tree = {f"conv{i}": {"kernel": kernel} for i, kernel in enumerate(kernels)}
+    return tree | {f"norm{i}": norm(get, f"{name}.{i}.2.1") for i in range(number)}
 
 
 def convolutions(get, names):
@@ -95,16 +91,16 @@ def text(get, depth: int = DEPTH, heads: int = HEADS):
     }
 
 
-def audio(get, depth: int = DEPTH, heads: int = HEADS):
-    """data2vec 1.0."""
+def audio(get, depth: int = DEPTH, heads: int = HEADS, read: int = EXTRACTOR, at: int = POSITIONS):
+    """data2vec 1.0; `read` and `at` convolutions of the extractor and of the positions."""
     layers = [layer(get, f"encoder.layers.{i}", heads) for i in range(depth)]
     return {
         "embed": {
-            "extractor": extractor(get, "feature_extractor.conv_layers"),
+            "extractor": extractor(get, "feature_extractor.conv_layers", read),
             "norm": norm(get, "layer_norm"),
             "projection": linear(get, "post_extract_proj"),
             "fill": {"value": get("mask_emb")},
-            "positions": convolutions(get, [f"encoder.pos_conv.{i}.0" for i in range(POSITIONS)]),
+            "positions": convolutions(get, [f"encoder.pos_conv.{i}.0" for i in range(at)]),
         },
         "trunk": {"input_norm": norm(get, "encoder.layer_norm"), "blocks": stack(layers)},
         "head": {"projection": linear(get, "final_proj")},

@@ -1,21 +1,19 @@
 """data2vec 1.0 on speech against numbers recorded from an independent PyTorch computation."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
+import closeness
 import sequences
-from bivl.core import flops, optimizer
-from bivl.core import step as steps
-from bivl.core.state import State
+from bivl.core import flops
 from bivl.modalities import speech
 from bivl.models.transformer import EncoderConfig
 from bivl.objectives import data2vec, distillation
-from golden import sequence_files
 
 NAME = "data2vec_audio"
 G = sequences.load(NAME)
@@ -54,76 +52,107 @@ def batch(variant="padded"):
 
 
 @functools.cache
-def student_run():
-    params, _ = sequences.models(NAME, objective())
-    return sequences.observed(model(), params, batch(), True)
-
-
-def test_features_match_the_reference():
-    _, _, seen = student_run()
-    np.testing.assert_allclose(seen["embed/extractor"][1], G["extracted"], atol=sequences.EXACT)
-    np.testing.assert_allclose(seen["embed/projection"][1], G["features"], atol=sequences.EXACT)
-    params, _ = sequences.models(NAME, objective())
-    _, _, seen = sequences.observed(model(), params, batch("cropped"), True)
-    got, wanted = seen["embed/projection"][1], G["cropped/features"]
-    np.testing.assert_allclose(got, wanted, atol=sequences.EXACT)
+def forward(variant):
+    models = sequences.models(NAME, objective(variant))
+    return sequences.forward(objective(variant), model(), models, batch(variant))[0]
 
 
 def test_student_layers_match_the_reference():
-    tokens, encoded, seen = student_run()
-    positions = seen["embed/positions"][1]
-    np.testing.assert_allclose(positions, G["student/positions"], atol=sequences.EXACT)
-    np.testing.assert_array_equal(tokens.padding, G["padding"])
-    sequences.assert_layers(encoded, G, "student")
+    run = forward("padded")["student"]
+    names = {"extractor": "extracted", "projection": "features", "positions": "student/positions"}
+    closeness.assert_seen(run, G, names)
+    np.testing.assert_array_equal(run.tokens.padding, G["padding"])
+    closeness.assert_layers(run, G, "student")
+    features = {"projection": "cropped/features"}
+    closeness.assert_seen(forward("cropped")["student"], G, features)
 
 
-def test_teacher_layers_match_the_reference():
-    whole = jax.tree.map(jnp.asarray, sequences.tree(NAME, "teacher_param", "param"))
-    _, encoded, seen = sequences.observed(model(), whole, batch(), False)
-    positions = seen["embed/positions"][1]
-    np.testing.assert_allclose(positions, G["teacher/positions"], atol=sequences.EXACT)
-    sequences.assert_layers(encoded, G, "teacher")
-
-
-def test_target_normalisations_match_the_reference():
-    layers = [jnp.asarray(x) for x in G["teacher/ffn"][-2:]]
-    norms = config().target.layer_norms
-    for x, wanted in zip(layers, G["targets/normalized"], strict=True):
-        got = distillation.average_targets([x], norms)
-        np.testing.assert_allclose(got, wanted, atol=sequences.TARGETS)
-    got = distillation.average_targets(layers, norms, ("layer",))
-    np.testing.assert_allclose(got, G["targets/audioset/final"], atol=sequences.TARGETS)
+def test_teacher_layers_and_normalisations_match_the_reference():
+    run = forward("padded")["teacher"]
+    closeness.assert_seen(run, G, {"positions": "teacher/positions"})
+    closeness.assert_layers(run, G, "teacher")
+    closeness.assert_normalized(run, G, "", config().target.layer_norms)
+    got = distillation.average_targets(run.encoded.ffn[-2:], ("instance",), ("layer",))
+    np.testing.assert_allclose(got, G["targets/audioset/final"], atol=closeness.CLOSE)
 
 
 @pytest.mark.parametrize("variant, name", [("padded", ""), ("cropped", "cropped/")])
-def test_targets_and_predictions_match_the_reference(variant, name):
-    params, teacher = sequences.models(NAME, objective(variant))
-    targets, given = jax.jit(objective(variant).targets), batch(variant)
-    got = targets(params, teacher, {}, given, jax.random.key(0))["values"]
-    np.testing.assert_allclose(got, G[f"{name}targets/mean"], atol=sequences.TARGETS)
-    got = jax.jit(model().apply)({"params": params}, given)[given["mask"]]
-    np.testing.assert_allclose(got, G[f"{name}prediction"], atol=sequences.EXACT)
+def test_targets_predictions_and_losses_match_the_reference(variant, name):
+    out, mask = forward(variant), batch(variant)["mask"]
+    np.testing.assert_allclose(out["targets"], G[f"{name}targets/mean"], atol=closeness.CLOSE)
+    prediction = out["output"][mask]
+    np.testing.assert_allclose(prediction, G[f"{name}prediction"], atol=closeness.CLOSE)
+    np.testing.assert_allclose(out["loss"], G[f"loss/{variant}"], rtol=1e-5)
+    assert out["weight"] == mask.sum()
+    for key in ("target_std", "prediction_std") if variant == "padded" else ():
+        np.testing.assert_allclose(out[key], G[key], rtol=1e-5)
 
 
-@pytest.mark.parametrize("variant, name", [("padded", ""), ("cropped", "cropped/")])
-def test_losses_and_gradients_match_the_reference(variant, name):
-    targets = {"values": jnp.asarray(G[f"{name}targets/mean"]), "metrics": {}}
-    differentiate = jax.jit(jax.value_and_grad(objective(variant).loss, has_aux=True))
-    params, _ = sequences.models(NAME, objective())
-    arguments = params, {}, batch(variant), targets, jax.random.key(0)
-    (loss, aux), grads = differentiate(*arguments)
-    np.testing.assert_allclose(loss, G[f"loss/{variant}"], rtol=1e-5)
-    assert aux["weight"] == batch(variant)["mask"].sum()
-    if variant == "cropped":
-        sequences.assert_gradients(grads, sequences.tree(NAME, "grad"))
-    else:
-        for key in ("target_std", "prediction_std"):
-            np.testing.assert_allclose(aux["metrics"][key], G[key], rtol=1e-5)
-
-
-def test_two_steps_match_the_reference():
+def test_gradients_and_two_steps_match_the_reference():
     """No clipping, tri-stage rate, layers and input norm averaged, convolutions copied."""
-    params, teacher = sequences.models(NAME, objective("cropped"))
-    arguments = params, teacher, batch("cropped")
-    result = sequences.take_steps(config("cropped"), objective("cropped"), *arguments, updates=100)
-    sequences.assert_steps(NAME, "cropped", result)
+    c, o = config("cropped"), objective("cropped")
+    models = sequences.models(NAME, o)
+    history = sequences.take_steps(c, o, models, batch("cropped"), updates=100)
+    closeness.assert_steps(NAME, "cropped", history)
+
+
+def test_the_teacher_averages_layers_and_norm_alone():
+    params, teacher = sequences.models(NAME, objective())
+    assert set(params) == {"embed", "trunk", "head"} and set(teacher) == {"trunk"}
+    assert set(teacher["trunk"]) == {"blocks", "input_norm"}
+
+
+def small_config(shared):
+    """Two convolutions and one block: quick to compile."""
+    c = config().copy_and_resolve_references()
+    with c.unlocked():
+        c.audio.length, c.model.depth, c.top_k_layers, c.masking.span = 96, 1, 1, 2
+        c.model.extractor.update({"kernels": (4, 3), "strides": (2, 2)})
+        c.model.position_conv.update({"depth": 1, "kernel": 3})
+        c.ema_shared = shared
+    return c
+
+
+def operations(c):
+    """What XLA counts in the compiled gradients of a step."""
+    o = data2vec.make(c)
+    params, teacher, _ = nn.unbox(jax.eval_shape(o.init, jax.random.key(0)))
+
+    def run(params, teacher, batch):
+        key = jax.random.key(0)
+        targets = jax.lax.stop_gradient(o.targets(params, teacher, {}, batch, key))
+        return jax.grad(lambda params: o.loss(params, {}, batch, targets, key)[0])(params)
+
+    return jax.jit(run).lower(params, teacher, o.spec).compile().cost_analysis()["flops"]
+
+
+def test_the_front_end_of_student_and_teacher_runs_once():
+    """A teacher with a front-end of its own costs that much more, matmuls alone counted."""
+    shared, own = (operations(small_config(shared)) for shared in (("embed", "head"), ()))
+    c = small_config(())
+    embed, batch = speech.make_embed(c, "float32"), speech.spec(c)
+    zeros = {k: jnp.zeros(s.shape, s.dtype) for k, s in batch.items()}
+    params = jax.eval_shape(embed.init, jax.random.key(0), zeros)
+    apply = functools.partial(embed.apply, method="features")
+    assert own - shared >= flops.count(apply, params, batch) > 0
+
+
+def test_initial_statistics():
+    """Extractor He-normal, other convolutions and projections U(-1, 1) / sqrt(fan in), the mask
+    vector U(0, 1), blocks N(0, 0.02^2)."""
+    c = config().copy_and_resolve_references()
+    c.model.extractor.width = 64
+    params = sequences.initial(data2vec.make(c))
+    embed = params["embed"]
+    for i, fan in enumerate((10, *[3 * 64] * 4, *[2 * 64] * 2)):
+        kernel = embed["extractor"][f"conv{i}"]["kernel"]
+        assert set(embed["extractor"][f"conv{i}"]) == {"kernel"}
+        np.testing.assert_allclose(kernel.std(), (2 / fan) ** 0.5, rtol=0.1)
+        assert np.abs(kernel).max() > 2.3 * (2 / fan) ** 0.5  # not cut at two deviations
+    closeness.assert_uniform(embed["projection"], 64)
+    for i in range(5):
+        closeness.assert_uniform(embed["positions"][f"conv{i}"], 19 * 8)
+    fill = embed["fill"]["value"]
+    assert 0 <= fill.min() < 0.2 and 0.8 < fill.max() <= 1
+    closeness.assert_uniform(params["head"]["projection"], 32)
+    closeness.assert_normal(params["trunk"])
