@@ -1,6 +1,6 @@
-"""Turns raw data into a directory that training reads: a TFDS ArrayRecord directory.
+"""Turns raw data into what training reads: a TFDS ArrayRecord directory, a vocabulary.
 
-python -m bivl.prepare KIND --source=DIR --out=DIR      (KIND is a folder bivl/data/KIND: emoji)
+python -m bivl.prepare KIND --source=DIR --out=DIR      (KIND: a folder bivl/data/KIND)
 """
 
 import argparse

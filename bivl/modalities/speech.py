@@ -171,11 +171,8 @@ def device_ops(config):
         return batch | {"mask": mask & (rank <= limit)}
 
     def hide(batch):
-        frames = num_frames(config, batch["length"])
-        return batch | {"mask": batch["mask"] & valid_frames(frames, batch["mask"].shape[-1])}
-
-    def valid_frames(frames, total):
-        return (jnp.arange(total) < frames[:, None])[:, None]
+        valid = jnp.arange(*grid(config)) < num_frames(config, batch["length"])[:, None]
+        return batch | {"mask": batch["mask"] & valid[:, None]}
 
     return hide if config.masking.kind in masking.SAMPLERS else equalize
 
@@ -211,8 +208,7 @@ class Embed(nn.Module):
         self.norm = LayerNorm(1e-5, self.dtype)
         self.projection = Projection((self.width,), (None, "embed"), **options)
         if self.mask_token:
-            uniform = nn.initializers.uniform(1.0)
-            self.fill = Vector((self.width,), ("embed",), uniform)
+            self.fill = Vector((self.width,), ("embed",), nn.initializers.uniform(1.0))
         if self.alibi:
             self.bias = Alibi(self.num_heads)
 

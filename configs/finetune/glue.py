@@ -92,6 +92,6 @@ def tiny(c) -> None:
     c.data = common.data(kind="emoji")
     c.eval_data.test.split = "test"
     c.num_classes, c.evaluators, c.label_scale = 9, ("accuracy",), 1.0
-    c.text.input_length = 48
-    c.batch_size, c.steps, c.log_every, c.checkpoint.every = 32, 1000, 10, 500
-    c.optimizer.update({"learning_rate": 5e-4, "warmup_steps": 100, "clip_norm": 1.0})
+    c.text.input_length = 40
+    c.batch_size, c.steps, c.log_every, c.checkpoint.every = 32, 700, 10, 500
+    c.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 70, "clip_norm": 1.0})

@@ -48,6 +48,7 @@ def get_config(text=None):
     c = data2vec_image.get_config("size=base")
     c.unlock()
     c.objective = "data2vec2"
+    del c.head
     c.batch_size, c.steps = batch, steps
     c.augment.update({"color_jitter": (0.0, 0.0, 0.0), "scale": (0.2, 1.0)})
     c.mask_ratio = ratio

@@ -26,7 +26,7 @@ def config():
     c = sequences.recorded_config("data2vec2_speech.py:smoke", audio__length=G["raw"].shape[1])
     with c.unlocked():
         c.masking.num_masks, c.model.extractor.width = CLONES, 8
-        c.model.position_conv.groups = 4
+        c.model.position_conv.update({"kernel": 19, "groups": 4})
         c.decoder.update({"width": 16, "depth": 3, "groups": 4, "dropout": 0.0, "noise": 0.0})
         c.optimizer.update({"learning_rate": 2.0**-8, "warmup_steps": 0, "clip_norm": 0.0})
     return c
