@@ -183,7 +183,7 @@ _FIRST = 4  # the id of byte 0, behind <s>, <pad>, </s>, <unk>; <mask> comes las
 
 def _load_bytes(path: pathlib.Path) -> Tokenizer:
     del path
-    return Tokenizer("bytes", b"", 256 + _FIRST + 1, *range(_FIRST), 256 + _FIRST)
+    return Tokenizer("bytes", b"", 256 + _FIRST + 1, 0, 1, 2, 3, 256 + _FIRST)
 
 
 def _open_bytes(data: bytes) -> tuple[Callable, Callable]:

@@ -77,8 +77,10 @@ def make(config) -> Objective:
     def encode(params, batch, collect):
         return model.apply({"params": params}, batch, collect=collect, method="encode")
 
-    predict = encoding.predictions(encode, modality, config)
-    predict["logits"] = lambda params, extras, batch: model.apply({"params": params}, batch) / scale
+    def logits(params, extras, batch):
+        return jnp.divide(model.apply({"params": params}, batch), scale)
+
+    predict = encoding.predictions(encode, modality, config) | {"logits": logits}
     ops = modality.labelled_ops(shown), modality.eval_ops(shown), modality.preprocess(shown)
     return Objective(spec, init, no_targets, loss, no_update, predict, *ops, checked(classes))
 

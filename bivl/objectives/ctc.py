@@ -175,7 +175,7 @@ def make(config) -> Objective:
 
     def log_probs(params, extras, batch):
         out, padding = model.apply({"params": params}, batch)
-        return out, (~padding).sum(1)
+        return out, jnp.logical_not(padding).sum(1)
 
     predict = encoding.predictions(encode, speech, config) | {"log_probs": log_probs}
     ops = train_ops(config, letters), eval_ops(config, letters), speech.preprocess(config)
