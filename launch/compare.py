@@ -10,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from bivl import train
@@ -19,24 +20,18 @@ from bivl.core import config as configs
 def read(workdir: Path, metric: str) -> list[dict]:
     """The run's evaluations as [{step, seconds, flops, value}]."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    seconds, last, at = 0.0, 0, {0: 0.0}
-    for line in lines:
-        seconds += line["step_seconds"] * (line["step"] - last)
-        last = line["step"]
-        at[last] = seconds
+    steps = np.array([0, *(line["step"] for line in lines)])
+    means = np.array([line["step_seconds"] for line in lines])
+    seconds = np.cumsum([0.0, *(means * np.diff(steps))])
     config = configs.from_dict(json.loads((workdir / "config.json").read_text()))
     flops = train.build(config).flops()
-    evaluations = (workdir / "evaluations.jsonl").read_text().splitlines()
-    points = [json.loads(line) for line in evaluations]
-    return [
-        {
-            "step": p["step"],
-            "seconds": at[p["step"]],
-            "flops": flops * p["step"],
-            "value": p[metric],
-        }
-        for p in points
-    ]
+    found = []
+    for line in (workdir / "evaluations.jsonl").read_text().splitlines():
+        point = json.loads(line)
+        step = point["step"]  # a line of metrics may stand for several updates
+        at = {"step": step, "seconds": float(np.interp(step, steps, seconds))}
+        found.append(at | {"flops": flops * step, "value": point[metric]})
+    return found
 
 
 def draw(runs: dict[str, list[dict]], metric: str) -> Figure:

@@ -29,11 +29,11 @@ def test_resume_gives_the_same_bits(tmp_path, name):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_losses_on_a_mesh_are_those_of_one_device(name):
+    """On 2 x 2 x 2 here; 1 x 8 x 1 and 8 x 1 x 1 in test_train.py and in two processes."""
     expected = runs.few_losses(1, DROPOUT, name)
     assert len(set(expected[:, 0])) == 5
-    for mesh in (runs.mesh(1, 8, 1), runs.mesh(2, 2, 2)):
-        found = runs.few_losses(8, mesh | DROPOUT, name)
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    found = runs.few_losses(8, runs.mesh(2, 2, 2) | DROPOUT, name)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", OTHERS)
