@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from bivl.core import ema
 from bivl.core.errors import GuardStop
 
 
@@ -47,10 +48,9 @@ def distances(teacher, params) -> dict[str, jax.Array]:
     """|T - S| / |S| of the parameters that the teacher holds, by stage: the first name of a path,
     and `block_i` of the layers stacked [N, ...] under `blocks`. 0 where the two are one."""
     totals: dict[str, tuple] = {}
-    for path, mine in jax.tree_util.tree_flatten_with_path(teacher)[0]:
-        theirs = params
-        for key in path:
-            theirs = theirs[key.key]
+    students = jax.tree.leaves(ema.held(params, teacher))
+    teachers = jax.tree_util.tree_flatten_with_path(teacher)[0]
+    for (path, mine), theirs in zip(teachers, students, strict=True):
         stacked = any(key.key == "blocks" for key in path)
         axes = tuple(range(stacked, mine.ndim))
         squares = (jnp.square(mine - theirs).sum(axes), jnp.square(theirs).sum(axes))

@@ -30,13 +30,17 @@ def track(teacher, params, rate: jax.Array):
     1 - tau are rounded apart. `teacher` may hold a part of the tree of `params`.
     """
 
-    def leaf(path, old):
-        new = params
-        for key in path:
-            new = new[key.key]
+    def leaf(old, new):
         return old + rate * (new.astype(jnp.float32) - old)
 
-    return jax.tree_util.tree_map_with_path(leaf, teacher)
+    return jax.tree.map(leaf, teacher, held(params, teacher))
+
+
+def held(params, teacher):
+    """The part of `params` that the teacher holds: nested dicts shaped like `teacher`."""
+    if not isinstance(teacher, dict):
+        return params
+    return {key: held(params[key], value) for key, value in teacher.items()}
 
 
 def without(tree, prefixes: tuple[str, ...]):

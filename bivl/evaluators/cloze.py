@@ -19,7 +19,7 @@ from absl import logging
 
 from bivl.core.distributed import to_host
 from bivl.core.errors import GuardStop, UserError
-from bivl.evaluators import features
+from bivl.evaluators import features, lbfgs
 
 MOST = 20_000  # masked positions of a split
 HELD_OUT = 5  # the last fifth of the train positions picks the L2 strength
@@ -228,19 +228,4 @@ def _minimise(x, labels, counted, log_prior, sizes, l2, start, max_iterations, t
         )
         return total / jnp.sum(counted) + 0.5 * l2 * jnp.sum(sizes * weights**2)
 
-    tx = optax.lbfgs(memory_size=5)  # each remembers two arrays like the weights
-    value_and_grad = optax.value_and_grad_from_state(loss)
-
-    def step(carry):
-        weights, state, count = carry
-        value, grad = value_and_grad(weights, state=state)
-        updates, state = tx.update(grad, state, weights, value=value, grad=grad, value_fn=loss)
-        return optax.apply_updates(weights, updates), state, count + 1
-
-    def unfinished(carry):
-        _, state, count = carry
-        largest = jnp.abs(optax.tree.get(state, "grad")).max()
-        return (count == 0) | ((count < max_iterations) & (largest > tolerance))
-
-    weights, _, count = jax.lax.while_loop(unfinished, step, (start, tx.init(start), 0))
-    return weights, count
+    return lbfgs.minimise(loss, start, max_iterations, tolerance, memory=5)

@@ -19,7 +19,7 @@ import optax
 from absl import logging
 
 from bivl.core.errors import UserError
-from bivl.evaluators import features
+from bivl.evaluators import features, lbfgs
 
 HELD_OUT = 5  # every fifth example of a class picks the L2 strength
 CELLS = 2**26  # logits held at once: 256 MiB of float32
@@ -150,19 +150,4 @@ def _minimise(x, labels, counted, l2, start, max_iterations, tolerance):
         )
         return total / jnp.sum(counted) + 0.5 * l2 * jnp.sum(weights["kernel"] ** 2)
 
-    tx = optax.lbfgs()
-    value_and_grad = optax.value_and_grad_from_state(loss)  # reuses the line search's last point
-
-    def step(carry):
-        weights, state, count = carry
-        value, grad = value_and_grad(weights, state=state)
-        updates, state = tx.update(grad, state, weights, value=value, grad=grad, value_fn=loss)
-        return optax.apply_updates(weights, updates), state, count + 1
-
-    def unfinished(carry):
-        _, state, count = carry
-        largest = optax.tree.norm(optax.tree.get(state, "grad"), ord=jnp.inf)
-        return (count == 0) | ((count < max_iterations) & (largest > tolerance))
-
-    weights, _, count = jax.lax.while_loop(unfinished, step, (start, tx.init(start), 0))
-    return weights, count
+    return lbfgs.minimise(loss, start, max_iterations, tolerance)
