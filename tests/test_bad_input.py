@@ -104,7 +104,7 @@ TRAIN = {
     "image and patch": (["config.image_size=33"], {"image_size": "33"}),
     "nothing masked": (["config.mask_ratio=0"], {"mask_ratio": "0"}),
     "blocks that never fit": (["config.masking", "(4, 4) patches"], {"masking.min_block": "40"}),
-    "unknown masking": (["config.masking.kind='blocks'", "'block'"], {"masking.kind": "blocks"}),
+    "unknown masking": (["config.masking.kind 'blocks'", "'block'"], {"masking.kind": "blocks"}),
     "settings of other masking": (["config.masking", "min_block"], {"masking.kind": "random"}),
     "too much masked": (["config.mask_ratio=1.5"], {"mask_ratio": "1.5"}),
     "unknown schedule": (["config.optimizer.schedule='cosin'"], {"optimizer.schedule": "cosin"}),

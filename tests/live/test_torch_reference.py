@@ -80,7 +80,7 @@ def test_targets(recorder, case, flags, collect):
         config.target.update(PIPELINES[flags])
     objective = data2vec.make(config)
     params = ours(dict(teacher.named_parameters()))
-    got = jax.jit(objective.targets)(params, {}, batch_of(images, mask), jax.random.key(0))
+    got = jax.jit(objective.targets)(params, params, {}, batch_of(images, mask), jax.random.key(0))
     np.testing.assert_allclose(got["values"], wanted.numpy(), atol=2e-5)
 
 
