@@ -36,7 +36,7 @@ def measure(config, num_steps: int) -> dict:
             start, cpu_start = time.perf_counter(), time.process_time()
             batch, _ = next(batches)
             waits.append(time.perf_counter() - start)
-            batch = sharding.to_global(batch, program.mesh, config.batch_size)
+            batch = sharding.to_global(batch, program.mesh, program.sizes)
             state, values = compiled(state, batch, np.int32(n))
             jax.block_until_ready(values)
             times.append(time.perf_counter() - start)

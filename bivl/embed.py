@@ -13,7 +13,7 @@ from bivl import evaluate, model
 from bivl.core import checkpoint, cli, distributed
 from bivl.core import config as configs
 from bivl.core.errors import UserError
-from bivl.data import sources
+from bivl.data import mixture, sources
 from bivl.evaluators.features import Splits, extract
 
 log = logging.getLogger("bivl")
@@ -28,6 +28,9 @@ FLAGS = {
 def saved_config(args, keys):
     """As `evaluate.saved_config`; one `data` key given replaces all that names the saved data."""
     config = evaluate.saved_config(args, keys)
+    if mixture.parts(config) is not None:
+        with config.unlocked():
+            config.data = mixture.first_with_images(config)
     if any(key.startswith("data.") for key in keys):
         texts = {k for k, v in configs.flatten(config.data).items() if isinstance(v, str)}
         config.data.update_from_flattened_dict(dict.fromkeys(texts, "") | {"split": "train"})

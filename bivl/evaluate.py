@@ -4,6 +4,7 @@ Writes `evaluation.json` (flat name -> number), `evaluation.md` and `pictures/` 
 the checkpoint's own folder. The same evaluators run inside training and in notebooks.
 """
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from bivl import model
 from bivl.core import checkpoint, cli, distributed, metrics, sharding
 from bivl.core.errors import UserError
-from bivl.data import pipeline, sources
+from bivl.data import mixture, pipeline, sources
 from bivl.evaluators.features import HOST_KEYS, Splits
 
 log = logging.getLogger("bivl")
@@ -28,9 +29,11 @@ FLAGS = {
 
 def data_of(config, split: str):
     """The data mapping of "train" or "test": eval_data.SPLIT where it names a kind, else `data`
-    with the split that eval_data.SPLIT names."""
+    (of a mixture the first part with images) with the split that eval_data.SPLIT names."""
     chosen = config.eval_data[split].to_dict()
-    return chosen if chosen["kind"] else config.data.to_dict() | {"split": chosen["split"]}
+    if chosen["kind"]:
+        return chosen
+    return mixture.first_with_images(config).to_dict() | {"split": chosen["split"]}
 
 
 def split_batches(config, objective, mesh, source, size: int):
@@ -42,6 +45,17 @@ def split_batches(config, objective, mesh, source, size: int):
     ):
         placed = sharding.to_global(batch, mesh, size)
         yield placed | {k: distributed.to_host(placed[k]) for k in HOST_KEYS if k in placed}
+
+
+def text_batches(objective, mesh, texts, size: int):
+    """One pass over strings in batches like `split_batches`, all of one length of tokens."""
+    count, rows = len(texts), sharding.local_rows(size, mesh)
+    whole = objective.preprocess(text=list(texts))
+    for start in range(0, count, size):
+        index = np.arange(start, start + size)
+        chosen = np.minimum(index, count - 1)  # the last batch is filled up with the last text
+        local = {name: x[chosen[rows.start : rows.stop]] for name, x in whole.items()}
+        yield sharding.to_global(local, mesh, size) | {"id": index, "mask": index < count}
 
 
 def batch_size(config, mesh) -> int:
@@ -68,9 +82,14 @@ def make_splits(config, objective, mesh, needs) -> Splits:
         return split_batches(config, objective, mesh, opened[split], size)
 
     def examples(count):
-        options = {"seed": config.seed, "batch_size": count, "rows": range(count), "start": 0}
-        source = objective.examples(sources.open_source(config.data))
-        return next(iter(pipeline.train_batches(source, objective.train_ops, **options)))[0]
+        options = {"start": 0, "wanted": count, "threads": config.loader.threads}
+        with contextlib.closing(
+            mixture.train_batches(config, objective, lambda size: range(size), **options)
+        ) as stream:
+            batch, _ = next(stream)
+        if "kind" in config.data:
+            return batch
+        return next((part for part in batch.values() if "image" in part), {})
 
     def masked(split):
         options = {"seed": config.seed, "batch_size": size, "start": 0}
@@ -78,7 +97,14 @@ def make_splits(config, objective, mesh, needs) -> Splits:
         for batch, _ in pipeline.train_batches(source, objective.train_ops, rows=rows, **options):
             yield sharding.to_global(batch, mesh, size)
 
-    return Splits(batches, opened["train"].classes, examples, masked)
+    def texts(given):
+        return text_batches(objective, mesh, given, size)
+
+    def record(split, row):
+        found = opened[split][row]
+        return found | objective.eval_ops(found)
+
+    return Splits(batches, opened["train"].classes, examples, masked, texts, record)
 
 
 def make_predict(objective, mesh) -> dict:

@@ -32,6 +32,16 @@ def module(key: str, name: str, package: str, function: str = "make"):
     return load(name)
 
 
+def read_teacher(config) -> None:
+    """Writes the config of the checkpoint that `config.teacher` names, if any, into
+    `config.teacher.config`, so that our own checkpoints say all that they need."""
+    teacher = config.get("teacher")
+    if teacher and teacher.checkpoint and not teacher.config:
+        theirs = checkpoint.read_config(checkpoint.find(teacher.checkpoint))
+        with config.unlocked():
+            teacher.config = theirs
+
+
 def make_objective(config) -> Objective:
     """The objective module that `config.objective` names, made."""
     module("modality", config.modality, "modalities", "make_embed")

@@ -25,7 +25,7 @@ from bivl.core import workdir as workdirs
 from bivl.core.errors import UserError
 from bivl.core.loop import Loop
 from bivl.core.objective import Objective
-from bivl.data import pipeline, sources
+from bivl.data import mixture, sources
 
 log = logging.getLogger("bivl")
 
@@ -41,6 +41,8 @@ class Program:
     tx: Any
     abstract: states.State
     step: Any
+    sizes: Any
+    """Rows of the global batch, in a mixture of each part."""
 
     def example_batch(self):
         """The global batch as ShapeDtypeStructs with shardings."""
@@ -59,45 +61,55 @@ class Program:
 
 
 def build(config, devices=None) -> Program:
-    """Config -> program; nothing is allocated yet, and every mistake in sizes is found here."""
+    """Config -> program; nothing is allocated yet, and every mistake in sizes is found here.
+
+    Completes `config.teacher` from the checkpoint that it names."""
     if config.log_every < 1:
         raise UserError(f"config.log_every={config.log_every} must be at least 1")
+    model.read_teacher(config)
     objective = model.make_objective(config)
     mesh = sharding.make_mesh(config.mesh, devices)
     o = config.optimizer
-    sharding.check_batch(config.batch_size, o.accumulate, mesh)
+    sizes = mixture.sizes(config)
+    for size in jax.tree.leaves(sizes):
+        sharding.check_batch(size, o.accumulate, mesh)
     schedule = optimizer.make_schedule(o, config.steps)
     tx = optimizer.make_optimizer(o, schedule)
     abstract = states.abstract(objective, tx, mesh, config.seed)
     options = {"seed": config.seed, "accumulate": o.accumulate}
     step = steps.compile_step(objective, tx, schedule, abstract, **options)
-    return Program(objective, mesh, tx, abstract, step)
+    return Program(objective, mesh, tx, abstract, step, sizes)
 
 
 def open_batches(config, program: Program, start: int):
     """The stream of (batch, records replaced) from batch number `start` on."""
-    return pipeline.train_batches(
-        program.objective.examples(sources.open_source(config.data)),
-        program.objective.train_ops,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        rows=sharding.local_rows(config.batch_size, program.mesh),
-        start=start,
-        threads=config.loader.threads,
-        workers=config.loader.workers,
-    )
+
+    def rows(size):
+        return sharding.local_rows(size, program.mesh)
+
+    return mixture.train_batches(config, program.objective, rows, start)
 
 
 def check_example(config, program: Program) -> None:
     """One example through the pipeline: a wrong field or shape shows before anything is written."""
-    source = program.objective.examples(sources.open_source(config.data))
-    options = {"seed": config.seed, "batch_size": 1, "rows": range(1), "start": 0, "threads": 0}
-    batch, _ = next(iter(pipeline.train_batches(source, program.objective.train_ops, **options)))
-    for name, spec in program.objective.spec.items():
-        got = np.shape(batch[name]) if name in batch else ()
-        if name not in batch or got[1:] != spec.shape[1:]:
-            raise UserError(f"data gives {name!r} of shape {got[1:]}, wanted {spec.shape[1:]}")
-    log.info("data: %s", source.describe())
+    options = {"start": 0, "wanted": 1, "threads": 0}
+    with contextlib.closing(
+        mixture.train_batches(config, program.objective, lambda size: range(1), **options)
+    ) as batches:
+        batch, _ = next(batches)
+    wanted = jax.tree_util.tree_flatten_with_path(program.objective.spec)[0]
+    got = {
+        jax.tree_util.keystr(p, simple=True, separator="/"): np.shape(x)[1:]
+        for p, x in jax.tree_util.tree_flatten_with_path(batch)[0]
+    }
+    for path, spec in wanted:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if got.get(name) != spec.shape[1:]:
+            raise UserError(
+                f"data gives {name!r} of shape {got.get(name)}, wanted {spec.shape[1:]}"
+            )
+    for source in (mixture.open_parts(config) or {"": sources.open_source(config.data)}).values():
+        log.info("data: %s", source.describe())
 
 
 def find_init(config, program: Program, workdir: Path) -> Path | None:
@@ -116,7 +128,20 @@ def start_state(config, program: Program, checkpoints, init: Path | None):
         log.info("resumed at step %d", int(state.step))
         return state, True
     state = states.create(program.objective, program.tx, program.mesh, config.seed)
+    state = load_frozen(program, state)
     return (checkpoint.load_matching(init, state) if init else state), False
+
+
+def load_frozen(program: Program, state: states.State) -> states.State:
+    """Puts the checkpoints that the objective names as frozen into `state.teacher`."""
+    for name, directory in program.objective.frozen.items():
+        step_dir, wanted = checkpoint.find(directory), program.abstract.teacher[name]
+        checkpoint.check_shapes(step_dir, wanted, "")
+        wanted = {part: tree for part, tree in wanted.items() if jax.tree.leaves(tree)}
+        found = state.teacher[name] | checkpoint.restore_part(step_dir, wanted)
+        state = state.replace(teacher=state.teacher | {name: found})
+        log.info("%s: %s", name, step_dir)
+    return state
 
 
 def train(config, workdir) -> states.State:

@@ -54,6 +54,8 @@ def base() -> ConfigDict:
                 "glue": {"task": ""},
                 "cloze": {"positions": 20_000, "max_iterations": 50},
                 "wer": {"decoder": "greedy", "width": 32, "lm": "", "alpha": 0.5, "beta": 1.0},
+                "retrieval": {"recall_at": (1, 5, 10)},
+                "zeroshot": {"templates": ("a photo of a {}.",)},
             },
             "optimizer": {
                 "schedule": "cosine",  # or constant, polynomial, tri_stage
@@ -99,7 +101,6 @@ def transformer(width: int, depth: int, heads: int, **changes) -> dict:
         "activation_dropout": 0.0,
         "layer_drop": 0.0,
         "init": "normal",
-        "depth_rescale": False,
         "input_norm": False,
         "final_norm": False,
         "scan": depth > 4,  # one layer's program for all: quick to compile on TPU

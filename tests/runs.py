@@ -18,6 +18,22 @@ SMALL = COMMON | {"image_size": "32", "data.image_size": "32"}
 DECODER = {"decoder.width": "16", "decoder.depth": "2", "top_k_layers": "2"}
 TEXT = COMMON | {"text.length": "32", "top_k_layers": "2"}
 SPEECH = COMMON | {"audio.length": "8000", "model.extractor.width": "16", "top_k_layers": "2"}
+FROZEN = {
+    "image_size": "32",
+    "model.width": "16",
+    "model.depth": "1",
+    "model.num_heads": "2",
+    "model.mlp_dim": "32",
+}
+TEACHER = {f"teacher.config.{key}": value for key, value in FROZEN.items()}
+TOKENIZER = TEACHER | {f"teacher.config.{key}": value for key, value in TEACHER.items()}
+TOKENIZER |= {
+    "teacher.config.codebook.size": "32",
+    "teacher.config.teacher.config.top_k_layers": "1",
+}
+PAIRS = {"pair.length": "16", "model.text_rows": "40"}
+STREAMS = COMMON | PAIRS | {"image_size": "32", "batch_size": "24", "text.length": "32"}
+STREAMS |= {"data.images.image_size": "32", "data.pairs.image_size": "32"}
 PRETRAIN = {  # the objectives of pre-training by their configs, and what makes these small
     "data2vec_image": SMALL,
     "data2vec_text": TEXT,
@@ -25,13 +41,23 @@ PRETRAIN = {  # the objectives of pre-training by their configs, and what makes 
     "data2vec2_image": SMALL | DECODER,
     "data2vec2_text": TEXT | DECODER,
     "data2vec2_speech": SPEECH | DECODER,
+    "vqkd": SMALL | TEACHER | {"teacher.config.top_k_layers": "1", "codebook.size": "32"},
+    "beit2": SMALL | TOKENIZER | {"aggregation.layer": "1", "aggregation.depth": "1"},
+    "beit3": STREAMS | TOKENIZER,
+    "bivl": STREAMS | {"top_k_layers": "2", "contrast.width": "16"},
+    "contrastive": SMALL | PAIRS | {"contrast.width": "16"},
 }
+
+
+def path(name: str) -> str:
+    """The config file of an objective."""
+    return f"configs/{'finetune' if name == 'contrastive' else 'pretrain'}/{name}.py"
 
 
 def arguments(changes=(), name="data2vec_image"):
     """The small run of a pre-training config with dotted `changes` (a dict), as a command line."""
     settings = PRETRAIN[name] | dict(changes)
-    config = f"--config=configs/pretrain/{name}.py:smoke"
+    config = f"--config={path(name)}:smoke"
     return [config, *(f"--config.{key}={value}" for key, value in settings.items())]
 
 
@@ -39,7 +65,7 @@ def tiny(changes=(), name="data2vec_image"):
     """The smoke config of a pre-training objective, smaller still, with dotted `changes`."""
     from bivl.core import config as configs
 
-    config = configs.load(f"configs/pretrain/{name}.py:smoke")
+    config = configs.load(f"{path(name)}:smoke")
     configs.override(config, list((PRETRAIN[name] | dict(changes)).items()))
     return config
 
@@ -76,14 +102,15 @@ def few_losses(num_devices, changes, name="data2vec_image"):
     from bivl.core import sharding
     from bivl.core import state as states
 
-    config = tiny({"batch_size": "16", "steps": "5"} | changes, name)
+    batch = 2 * int(PRETRAIN[name]["batch_size"])
+    config = tiny({"batch_size": str(batch), "steps": "5"} | changes, name)
     program = train.build(config, jax.devices()[:num_devices])
     found = []
     with sharding.use(program.mesh):
         state = states.create(program.objective, program.tx, program.mesh, config.seed)
         step, batches = program.compile(), train.open_batches(config, program, 0)
         for n in range(1, 6):
-            batch = sharding.to_global(next(batches)[0], program.mesh, config.batch_size)
+            batch = sharding.to_global(next(batches)[0], program.mesh, program.sizes)
             state, values = step(state, batch, np.int32(n))
             found.append([float(values["loss"]), float(values["grad_norm"])])
         batches.close()

@@ -148,7 +148,7 @@ def check_numbers(config) -> None:
     for name, value in flatten(config).items():
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not isinstance(number, bool):
-                low = -1 if name.startswith("mesh.") else 0
+                low = -1 if ".mesh." in f".{name}" else 0
                 if not math.isfinite(number) or number < low:
                     raise UserError(f"config.{name}={number} must be a finite number >= {low}")
                 if isinstance(number, int) and number >= 2**31:  # devices count in int32
@@ -196,6 +196,7 @@ def check_resume(saved: ConfigDict, config: ConfigDict, workdir) -> None:
     old, new = flatten(saved), flatten(config)
     for name in sorted(old.keys() | new.keys()):
         free = any(name == key or name.startswith(f"{key}.") for key in MAY_CHANGE)
+        free |= name.startswith("data.") and name.endswith(".dir")  # of a mixture's parts
         if not free and old.get(name) != new.get(name):
             raise UserError(
                 f"config.{name} is {new.get(name)!r} but the run in {workdir} has "

@@ -144,7 +144,7 @@ class Loop:
                 begin = time.monotonic()
                 batch, replaced = next(batches)
                 wait = time.monotonic() - begin
-                batch = sharding.to_global(batch, self.program.mesh, c.batch_size)
+                batch = sharding.to_global(batch, self.program.mesh, self.program.sizes)
                 self.state, values = compiled(self.state, batch, np.int32(n))
                 update, self.pending = self.pending, Update(n, values, begin, wait, replaced)
                 self.read(update)

@@ -18,6 +18,7 @@ class Objective:
       `weight`   scalar, the number of terms that `loss` is the mean of; micro-batches of an
                  accumulated step are averaged by it, so accumulation changes no mean,
       `metrics`  dict of scalars for the log, averaged in the same way,
+      `rows`     (optional) pytree of arrays [B, ...] of the whole batch for `update`,
       `sums`     (optional) pytree that is added up over micro-batches for `update`.
     `update` runs after the optimizer, exactly once per optimizer step; `step` is the number of
     updates completed by then (1 for the first call).
@@ -44,3 +45,10 @@ class Objective:
     """Raw inputs by modality name (image=[...], text=[...]) -> numpy batch for `predict`."""
     examples: Callable[[Any], Any] = lambda source: source
     """Source of records -> source of what `train_ops` takes; texts are packed into blocks here."""
+    totals: Callable[[Batch], dict] = lambda batch: {}
+    """Batch -> scalars of the whole batch that `loss` and `update` are means over, where they are
+    means over several things; micro-batches find them, divided by their number, in
+    batch["totals"]."""
+    frozen: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Names in `teacher` to checkpoint directories: what a fresh run loads there, as params and
+    extras, and what never changes afterwards."""

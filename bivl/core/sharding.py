@@ -131,8 +131,13 @@ def local_rows(batch_size: int, mesh: Mesh) -> range:
     return range(start, stop)
 
 
-def to_global(batch, mesh: Mesh, batch_size: int):
-    """This process's rows (dict of numpy arrays) -> global arrays sharded over data and fsdp."""
+def to_global(batch, mesh: Mesh, batch_size):
+    """This process's rows (dict of numpy arrays) -> global arrays sharded over data and fsdp.
+
+    batch_size: rows of the global batch, or of each part {name: rows} of {name: batch}.
+    """
+    if not isinstance(batch_size, int):
+        return {name: to_global(batch[name], mesh, size) for name, size in batch_size.items()}
     sharding, rows = batch_sharding(mesh), local_rows(batch_size, mesh)
 
     def leaf(x):

@@ -31,24 +31,28 @@ def _loss_and_grads(objective: Objective, state: State, batch, key):
 
 def _accumulated(objective: Objective, state: State, batch, key, accumulate: int):
     """Weighted mean of gradients and metrics over micro-batches, as one scan."""
+    totals = objective.totals(batch)
+    totals = {"totals": jax.tree.map(lambda x: x / accumulate, totals)} if totals else {}
     if accumulate == 1:
-        return _loss_and_grads(objective, state, batch, key)
+        return _loss_and_grads(objective, state, {**batch, **totals}, key)
 
     def weighted(micro, key):
-        aux, grads = _loss_and_grads(objective, state, micro, key)
+        aux, grads = _loss_and_grads(objective, state, {**micro, **totals}, key)
         weight = aux["weight"].astype(jnp.float32)
         scaled = jax.tree.map(lambda x: weight * x, (aux["metrics"], grads))
-        return scaled, weight, aux.get("sums", ())
+        return (scaled, weight, aux.get("sums", ())), aux.get("rows", ())
 
     def body(carry, inputs):
-        return jax.tree.map(jnp.add, carry, weighted(*inputs)), None
+        terms, rows = weighted(*inputs)
+        return jax.tree.map(jnp.add, carry, terms), rows
 
     inputs = _micro_batches(batch, accumulate), jax.random.split(key, accumulate)
     first = jax.tree.map(lambda x: x[0], inputs)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(weighted, *first))
-    (scaled, weight, sums), _ = jax.lax.scan(body, zeros, inputs)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(weighted, *first)[0])
+    (scaled, weight, sums), rows = jax.lax.scan(body, zeros, inputs)
     metrics, grads = jax.tree.map(lambda x: x / weight, scaled)
-    return {"metrics": metrics, "weight": weight, "sums": sums}, grads
+    rows = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), rows)
+    return {"metrics": metrics, "weight": weight, "sums": sums, "rows": rows}, grads
 
 
 def train_step(

@@ -24,6 +24,7 @@ def block_mask(
     min_block: int = 16,
     max_block: int | None = None,
     min_aspect: float = 0.3,
+    exact: bool = False,
 ) -> np.ndarray:
     """Blockwise mask: bool [h, w], True = masked, at most `num_masks` True cells.
 
@@ -40,9 +41,10 @@ def block_mask(
         smaller one, or most blocks will not fit.
       max_block: largest area drawn, None for no limit but the cells that are still missing.
       min_aspect: height / width is log-uniform in [min_aspect, 1 / min_aspect].
+      exact: where blocks fall short, single cells drawn uniformly make up `num_masks`.
 
     Source: data2vec_vision, beit/masking_generator.py (the generator of BEiT, arXiv 2106.08254,
-    algorithm 1).
+    algorithm 1); `exact` is the generator of BEiT v2 (microsoft/unilm, beit2/).
     """
     height, width = (grid, grid) if isinstance(grid, int) else grid
     if not 0 <= num_masks <= height * width:
@@ -64,8 +66,10 @@ def block_mask(
         mask |= block
         count = mask.bit_count()
     bits = np.frombuffer(mask.to_bytes((height * width + 7) // 8, "little"), np.uint8)
-    cells = np.unpackbits(bits, count=height * width, bitorder="little")
-    return cells.reshape(height, width).astype(bool)
+    cells = np.unpackbits(bits, count=height * width, bitorder="little").astype(bool)
+    if exact and count < num_masks:
+        cells[rng.choice(np.flatnonzero(~cells), num_masks - count, replace=False)] = True
+    return cells.reshape(height, width)
 
 
 def _new_block(rng, mask, height, width, missing, min_block, max_block, log_aspect):
@@ -138,10 +142,16 @@ def random_mask(rng: np.random.Generator, total: int, mask_ratio: float) -> np.n
     return mask
 
 
-def block_sampler(ratio: float, grid, min_block: int) -> Callable:
-    """One BEiT block mask an example, of at most round(ratio L) positions."""
-    count = max(1, round(ratio * math.prod(grid)))
-    return lambda rng: {"mask": block_mask(rng, grid, count, min_block).reshape(-1)}
+def block_count(ratio: float, grid) -> int:
+    """How many positions a block mask hides at most: round(ratio L), at least one."""
+    return max(1, round(ratio * math.prod(grid)))
+
+
+def block_sampler(ratio: float, grid, min_block: int, exact: bool = False) -> Callable:
+    """One BEiT block mask an example, of at most (`exact`: of) `block_count` positions."""
+    count = block_count(ratio, grid)
+    draw = lambda rng: block_mask(rng, grid, count, min_block, exact=exact)  # noqa: E731
+    return lambda rng: {"mask": draw(rng).reshape(-1)}
 
 
 def inverse_block_sampler(

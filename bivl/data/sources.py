@@ -12,8 +12,10 @@ import numpy as np
 
 from bivl.core.errors import UserError
 from bivl.data.digits import digits_table, mnist_table
+from bivl.data.easy_vqa import easy_vqa_table
 from bivl.data.folder import SUFFIXES, folder_table
 from bivl.data.prepared import emoji_table, tfds_table
+from bivl.data.scenes import scenes_table
 from bivl.data.shapes import shapes_table
 from bivl.data.speech import holds_speech, librispeech_table, speech_folder_table
 from bivl.data.spoken import NAMES, spoken_table
@@ -23,6 +25,7 @@ from bivl.data.texts import jsonl_table, pydoc_table, text_table, tsv_table
 # Our field names, and the contents (Column.content) that each can be made from.
 FIELDS = {
     "image": ("image", "array", "text"),  # text: encoded images stored as plain strings
+    "image2": ("image", "array", "text"),
     "text": ("text", "label"),
     "text_pair": ("text", "label"),
     "audio": ("audio", "array"),
@@ -169,4 +172,6 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], Table]] = {
     "jsonl": jsonl_table,
     "tsv": tsv_table,
     "synthetic": _synthetic,
+    "scenes": scenes_table,
+    "easy_vqa": easy_vqa_table,
 }

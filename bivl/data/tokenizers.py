@@ -18,14 +18,20 @@ from bivl.data.table import refuse_name, setting
 from bivl.data.vocabulary import layouts
 
 MAX_BYTES = 2**26  # of one file; the largest vocabularies in use take 20 MB
-_SMALL = pathlib.Path(__file__).parent / "vocabulary" / "small"
+_HERE = pathlib.Path(__file__).parent
+# Kinds with files of their own, and the kind that reads such files from elsewhere.
+_OWN = {
+    "small": (_HERE / "vocabulary" / "small", "bpe"),
+    "small_xlmr": (_HERE / "pieces" / "small_xlmr.model", "xlmr"),
+    "bytes": (_HERE, "bpe"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """A vocabulary of V = `size` pieces, special ones included; small to pickle, quick to reopen.
 
-    kind: who splits, "bpe", "sentencepiece" or "bytes".
+    kind: who splits, "bpe", "sentencepiece", "xlmr" or "bytes".
     data: what that library is opened from.
     bos, pad, eos, unk, mask: the special ids. `unk` is what encode gives where it must, none of
       the others is ever an output of encode.
@@ -75,6 +81,7 @@ def load(config: Mapping[str, Any]) -> Tokenizer:
 
     kind:
       small: ours, byte-level BPE with 2,048 ids, packaged; for smoke runs and small texts.
+      small_xlmr: ours, a SentencePiece model with 2,048 ids as xlmr numbers them, packaged.
       bytes: one id a byte of UTF-8, 4 and above; 261 ids, no files.
       bpe: byte-level BPE of GPT-2 and RoBERTa; `path` is a folder in the layout of Hugging Face
         (vocab.json with merges.txt, or tokenizer.json) or of fairseq (encoder.json with vocab.bpe
@@ -84,6 +91,9 @@ def load(config: Mapping[str, Any]) -> Tokenizer:
       sentencepiece: `path` is a .model file, or a folder with exactly one. bos, pad, eos and unk
         are the model's own; those it has none of are appended behind its pieces in this order,
         and <mask> always is, as the last.
+      xlmr: such a `path`, with the ids of XLM-R (and BEiT-3, whose file beit3.spm is): <s>, <pad>,
+        </s>, <unk>, piece k of the model from 3 on is k + 1, and <mask> is the number of pieces
+        plus 1. So 64,000 pieces give 64,002 ids.
 
     Raises:
       UserError: an unknown kind; a file that is missing, too large or damaged; a byte-level BPE
@@ -92,13 +102,13 @@ def load(config: Mapping[str, Any]) -> Tokenizer:
     kind, path = setting(config, "kind", ""), setting(config, "path", "")
     if kind not in KINDS:
         refuse_name("tokenizer.kind", kind, KINDS)
-    if kind in ("small", "bytes"):
+    if kind in _OWN:
         if path:
             raise UserError(
-                f"tokenizer.path={path} is set, but kind={kind} has its own files; use kind=bpe, "
-                "or leave the path empty"
+                f"tokenizer.path={path} is set, but kind={kind} has its own files; use "
+                f"kind={_OWN[kind][1]}, or leave the path empty"
             )
-        path = _SMALL
+        path = _OWN[kind][0]
     elif not path:
         raise UserError(f"tokenizer.path is empty; kind={kind} needs its files")
     return KINDS[kind](pathlib.Path(path).expanduser())
@@ -178,6 +188,27 @@ def _load_sentencepiece(path: pathlib.Path) -> Tokenizer:
     return Tokenizer("sentencepiece", data, size, *special)
 
 
+def _load_xlmr(path: pathlib.Path) -> Tokenizer:
+    tokenizer = _load_sentencepiece(path)
+    model = _sentencepiece(tokenizer.data)
+    if (model.unk_id(), model.bos_id(), model.eos_id()) != (0, 1, 2):
+        raise UserError(
+            f"tokenizer.path={path}: its first pieces are not <unk>, <s>, </s>, which XLM-R's ids "
+            "need; use kind=sentencepiece"
+        )
+    pieces = model.get_piece_size()
+    return Tokenizer("xlmr", tokenizer.data, pieces + 2, 0, 1, 2, 3, pieces + 1)
+
+
+def _open_xlmr(data: bytes) -> tuple[Callable, Callable]:
+    encode, decode = _open_sentencepiece(data)
+
+    def encode_shifted(texts: list[str]) -> list[list[int]]:
+        return [[piece + 1 if piece else 3 for piece in row] for row in encode(texts)]
+
+    return encode_shifted, lambda ids: decode([i - 1 for i in ids])
+
+
 _FIRST = 4  # the id of byte 0, behind <s>, <pad>, </s>, <unk>; <mask> comes last
 
 
@@ -251,10 +282,17 @@ def _line(error: BaseException) -> str:
     return " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())[:200]
 
 
-_OPEN = {"bpe": _open_bpe, "sentencepiece": _open_sentencepiece, "bytes": _open_bytes}
+_OPEN = {
+    "bpe": _open_bpe,
+    "sentencepiece": _open_sentencepiece,
+    "xlmr": _open_xlmr,
+    "bytes": _open_bytes,
+}
 KINDS: dict[str, Callable[[pathlib.Path], Tokenizer]] = {
     "small": _load_bpe,
+    "small_xlmr": _load_xlmr,
     "bpe": _load_bpe,
     "sentencepiece": _load_sentencepiece,
+    "xlmr": _load_xlmr,
     "bytes": _load_bytes,
 }

@@ -1,12 +1,13 @@
 """What the probes share: the labelled splits they read and the features a model gives for them.
 
-kNN, linear and few-shot read the same features. `extract` keeps them in `Splits.memory`, so that
-evaluators run one after another on the same parameters pay for one pass over each split.
+kNN, linear and few-shot read the same features, retrieval and zero-shot the same embeddings.
+`extract` keeps them in `Splits.memory`, so that evaluators run one after another on the same
+parameters pay for one pass over each split.
 """
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +31,10 @@ class Splits:
         with `mask` where it masks), or None where there are none to show.
     masked: "train" or "test" -> endless GLOBAL batches of device arrays as the objective trains on
         them, the same at every call.
+    texts: strings -> one pass in order over GLOBAL batches of them as the model takes texts, with
+        numpy `id` [B] (their running numbers) and `mask` [B] as in `batches`, or None.
+    record: "train" or "test", a row of `Features.rows` -> the record itself (its `text` a string)
+        with the model's numpy inputs in the place of its own (`image` uint8 [S, S, 3]), or None.
     memory: the newest features of each split (see `extract`); leave it alone.
     """
 
@@ -37,16 +42,20 @@ class Splits:
     classes: tuple[str, ...] | None
     examples: Callable[[int], dict[str, np.ndarray]] | None = None
     masked: Callable[[str], Iterator[dict[str, Any]]] | None = None
-    memory: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    texts: Callable[[Sequence[str]], Iterator[dict[str, Any]]] | None = None
+    record: Callable[[str, int], dict[str, Any]] | None = None
+    memory: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """The real examples of one split: features [N, E] float32, labels [N] or None, ids [N]."""
+    """The real examples of one split: features [N, E] float32, labels [N] or None, ids [N], and
+    rows [N], their running numbers in the split (which counts records that cannot be decoded)."""
 
     features: np.ndarray
     labels: Any
     ids: np.ndarray
+    rows: np.ndarray
 
 
 def model_inputs(batch):
@@ -54,59 +63,79 @@ def model_inputs(batch):
     return {name: value for name, value in batch.items() if name not in HOST_KEYS}
 
 
-def extract(predict, splits, split, params, extras) -> Features:
-    """Features of every real example of a split, in order.
+def require(predict, evaluator: str, *names: str) -> None:
+    """Raise UserError unless the objective has all the predict functions that `evaluator` reads."""
+    for name in names:
+        if name not in predict:
+            raise UserError(
+                f"this objective has no '{name}'; take {evaluator} out of config.evaluators"
+            )
 
-    predict["features"](params, extras, batch) gives [B, E]. The result is remembered for this
-    params and extras (the same array objects) until the split is asked for with others; only weak
-    references to the parameters are kept, so remembering never holds device memory.
+
+def extract(predict, splits, split, params, extras, name="features") -> Features:
+    """What predict[name] gives for every real example of a split, in order.
+
+    predict[name](params, extras, batch) gives [B, E]. The result is remembered for this params and
+    extras (the same array objects) until the split is asked for with others; only weak references
+    to the parameters are kept, so remembering never holds device memory.
     Raises UserError for an empty split, GuardStop where the features are not finite.
     """
-    if "features" not in predict:
-        raise UserError(
-            "this objective has no 'features' to probe; take knn, linear and fewshot out of "
-            "config.evaluators"
-        )
-    function = predict["features"]
+    require(predict, "knn, linear and fewshot", name)
+    function = predict[name]
     leaves = [function, *jax.tree.leaves((params, extras))]
-    references, found = splits.memory.get(split, ((), None))
+    references, found = splits.memory.get((split, name), ((), None))
     if len(references) == len(leaves) and all(
         reference() is leaf for reference, leaf in zip(references, leaves, strict=True)
     ):
         return found
-    splits.memory.pop(split, None)  # free the old features before making the new ones
-    found = _one_pass(function, splits, split, params, extras)
-    splits.memory[split] = ([_reference(leaf) for leaf in leaves], found)
+    splits.memory.pop((split, name), None)  # free the old features before making the new ones
+    batches, what = splits.batches(split), f"eval_data.{split}"
+    found = _one_pass(function, batches, what, params, extras)
+    if not len(found.ids):
+        raise UserError(f"{what} has no examples; check {what}.split")
+    splits.memory[split, name] = ([_reference(leaf) for leaf in leaves], found)
     return found
 
 
-def _one_pass(function, splits, split, params, extras):
-    """Run the model over a split. One batch computes while the one before it is copied out."""
-    features, labels, ids, pending = [], [], [], None
+def embed_texts(predict, splits, texts: Sequence[str], params, extras) -> np.ndarray:
+    """predict["text_embeddings"] of strings: float32 [len(texts), E], in order.
+
+    Raises GuardStop where they are not finite.
+    """
+    function, batches = predict["text_embeddings"], splits.texts(texts)
+    return _one_pass(function, batches, "the prompts", params, extras).features
+
+
+def _one_pass(function, batches, what, params, extras) -> Features:
+    """Run the model over batches. One computes while the one before it is copied out."""
+    features, labels, ids, rows, pending, start = [], [], [], [], None, 0
 
     def collect(output, mask):
         features.append(to_host(output)[mask].astype(np.float32))
 
-    for batch in splits.batches(split):
+    for batch in batches:
         mask = np.asarray(batch["mask"], bool)
         output = function(params, extras, model_inputs(batch))
         if pending is not None:
             collect(*pending)
         pending = output, mask
         ids.append(np.asarray(batch["id"])[mask])
+        rows.append(start + np.flatnonzero(mask))
+        start += len(mask)
         if "label" in batch:
             labels.append(np.asarray(batch["label"])[mask])
-    if pending is not None:
-        collect(*pending)
-    if not features or not sum(map(len, features)):
-        raise UserError(f"eval_data.{split} has no examples; check eval_data.{split}.split")
+    if pending is None:
+        none = np.zeros(0, np.int32)
+        return Features(np.zeros((0, 0), np.float32), None, none, none)
+    collect(*pending)
     whole = np.concatenate(features)
     if not np.isfinite(whole).all():
         raise GuardStop(
-            f"the features of eval_data.{split} are not finite: the model has diverged; "
+            f"the features of {what} are not finite: the model has diverged; "
             "evaluate an earlier step or lower optimizer.learning_rate"
         )
-    return Features(whole, np.concatenate(labels) if labels else None, np.concatenate(ids))
+    classes = np.concatenate(labels) if labels else None
+    return Features(whole, classes, np.concatenate(ids), np.concatenate(rows))
 
 
 def _reference(value):

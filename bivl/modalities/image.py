@@ -41,6 +41,11 @@ def grid(config) -> tuple[int, int]:
     return side, side
 
 
+def keeps_all(config) -> bool:
+    """Whether masked patches get a mask token (BEiT) and are not left out (data2vec 2.0)."""
+    return config.masking.kind == "block"
+
+
 def mask_sampler(config):
     """The sampler that `config.masking` describes, over the patches."""
     return masking.sampler(config, grid(config))
@@ -61,7 +66,7 @@ def spec(config) -> dict[str, jax.ShapeDtypeStruct]:
     return inputs(config) | shapes
 
 
-def _check(config):
+def check(config):
     """UserError for augmentation that no image could survive."""
     a = config.augment
     for key, value, count in (
@@ -93,7 +98,7 @@ def _image(record):
 
 def train_ops(config):
     """record, rng -> {image, mask, ...}: jitter, flip, random resized crop (as BEiT), masks."""
-    _check(config)
+    check(config)
     sample = mask_sampler(config)
     if sum(bool(sample(np.random.default_rng(i))["mask"].any()) for i in range(16)) < 8:
         raise UserError(
@@ -102,12 +107,13 @@ def train_ops(config):
         )
 
     def ops(record, rng):
-        return {"image": _train_image(config, record, rng)} | sample(rng)
+        return {"image": train_image(config, record, rng)} | sample(rng)
 
     return ops
 
 
-def _train_image(config, record, rng):
+def train_image(config, record, rng):
+    """One record as training sees it: uint8 [S, S, 3] after jitter, flip and random crop."""
     image, a = _image(record), config.augment
     if any(a.color_jitter):
         image = augment.color_jitter(image, rng, *a.color_jitter)
@@ -120,12 +126,12 @@ def _train_image(config, record, rng):
 def labelled_ops(config):
     """record, rng -> {image, label, erase int32 [4]} for fine-tuning: crop, flip, RandAugment, and
     the box that `objectives/mixing.py` erases on the device."""
-    _check(config)
+    check(config)
     a, fill = config.augment, tuple(round(255 * mean) for mean in config.image_mean)
 
     def ops(record, rng):
         label = labels.target(record, config.num_classes)
-        image = _train_image(config, record, rng)
+        image = train_image(config, record, rng)
         if a.rand_layers:
             image = randaugment.rand_augment(
                 image, rng, a.rand_magnitude, a.rand_std, a.rand_layers, fill=fill
@@ -243,7 +249,7 @@ def make_embed(config, dtype: str) -> Embed:
     choice("model.embed_init", m.embed_init, ("beit", "data2vec2"))
     if m.positions == "sincos" and m.width % 4:
         raise UserError(f"config.model.width={m.width} must be a multiple of 4 for sincos")
-    if m.positions == "relative" and config.masking.kind != "block":
+    if m.positions == "relative" and not keeps_all(config):
         raise UserError("config.model.positions='relative' needs all tokens; use sincos or learned")
     return Embed(
         grid(config),
@@ -251,7 +257,7 @@ def make_embed(config, dtype: str) -> Embed:
         m.width,
         m.num_heads,
         m.positions,
-        config.masking.kind == "block",
+        keeps_all(config),
         m.embed_init,
         tuple(config.image_mean),
         tuple(config.image_std),

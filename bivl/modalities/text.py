@@ -50,7 +50,7 @@ def mask_sampler(config):
         inputs, mask = corrupt(rng, ids)
         whole = np.zeros(length, bool)
         whole[: len(ids)] = mask
-        return {"inputs": _padded(inputs, length, tokenizer.pad), "mask": whole}
+        return {"inputs": padded(inputs, length, tokenizer.pad), "mask": whole}
 
     return sample
 
@@ -80,10 +80,29 @@ def _bert(ratio: float, tokenizer, kept: float, randomized: float, score: str):
     return corrupt
 
 
-CORRUPTIONS = {"span": _spans, "bert": _bert}
+def _beit3(ratio: float, tokenizer, kept: float, randomized: float):
+    """As BEiT-3 masks captions for fine-tuning (`beit3/datasets.py`), which its pre-training is
+    taken to share: round(ratio n) tokens, at least one and not all, never the first, <s>; a random
+    token may be any but <s>, <pad> and </s>. All of them are scored."""
+
+    def corrupt(rng, ids):
+        n, mask = len(ids), np.zeros(len(ids), bool)
+        count = min(max(round(ratio * n), 1), max(n - 1, 0))
+        mask[1 + rng.permutation(max(n - 1, 0))[:count]] = True
+        fate = rng.random(n)
+        inputs = np.where(mask & (fate >= kept + randomized), tokenizer.mask, ids)
+        random = mask & (fate < randomized)
+        ordinary = rng.choice(np.setdiff1d(np.arange(tokenizer.size), tokenizer.special[:3]), n)
+        return np.where(random, ordinary, inputs), mask
+
+    return corrupt
 
 
-def _padded(ids, length: int, pad: int) -> np.ndarray:
+CORRUPTIONS = {"span": _spans, "bert": _bert, "beit3": _beit3}
+
+
+def padded(ids, length: int, pad: int) -> np.ndarray:
+    """ids [n] with pads behind them: int32 [length]."""
     out = np.full(length, pad, np.int32)
     out[: len(ids)] = ids
     return out
@@ -122,7 +141,7 @@ def train_ops(config):
 
     def ops(record, rng):
         ids = record["tokens"]
-        return {"tokens": _padded(ids, length, pad)} | sample(rng, ids)
+        return {"tokens": padded(ids, length, pad)} | sample(rng, ids)
 
     return ops
 
@@ -164,7 +183,7 @@ def eval_ops(config):
     def ops(record):
         kept = {k: labels.number(record[k]) for k in ("label", "id") if k in record}
         ids = record_ids(tokenizer, record, length)
-        return {"tokens": _padded(ids, length, tokenizer.pad)} | kept
+        return {"tokens": padded(ids, length, tokenizer.pad)} | kept
 
     return ops
 
@@ -191,7 +210,7 @@ def preprocess(config):
         if isinstance(text, str) or not len(text) or len(pairs) != len(text):
             raise UserError("preprocess wants text=[...], and as many in text_pair where given")
         rows = [encode_pair(tokenizer, a, b, length) for a, b in zip(text, pairs, strict=True)]
-        tokens = np.stack([_padded(ids, max(map(len, rows)), tokenizer.pad) for ids in rows])
+        tokens = np.stack([padded(ids, max(map(len, rows)), tokenizer.pad) for ids in rows])
         return {"tokens": tokens, "padding": tokens == tokenizer.pad}
 
     return ops

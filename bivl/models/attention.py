@@ -45,38 +45,42 @@ class Attention(nn.Module):
 
     bias: which of q, k, v have one: `qkv`, `qv` (BEiT: keys have none) or `none`.
     inner_norm: LayerNorm before the output projection (sub-LN, Magneto).
+    `heads`, `attend` and `merge` are its three steps, for tokens that attend to each other but have
+    parameters of their own (models/multiway.py).
     """
 
+    width: int
     num_heads: int
     bias: str = "qkv"
     inner_norm: bool = False
     eps: float = 1e-6
-    dropout: float = 0.0
     dtype: str = "float32"
     kernel_init: Init = truncated_normal(0.02)
 
-    @nn.compact
-    def __call__(self, x, attention_bias=None, deterministic: bool = True):
-        B, L, D = x.shape
-        H, d = self.num_heads, D // self.num_heads
+    def setup(self):
+        D, H = self.width, self.num_heads
         options = {"kernel_init": self.kernel_init, "dtype": self.dtype}
         axes = ("embed", None, "heads", None)
-        qkv = Projection((3, H, d), axes, use_bias=False, name="qkv", **options)(x)
-        qkv = qkv.transpose(2, 0, 3, 1, 4)  # [3, B, H, L, d]
-        offsets = [
-            Vector((H, d), ("heads", None), zeros, name=f"{name}_bias")() if used else None
-            for name, used in zip("qkv", BIASES[self.bias], strict=True)
-        ]
-        q, k, v = (
-            x if b is None else x + b[:, None, :].astype(x.dtype)
+        self.qkv = Projection((3, H, D // H), axes, use_bias=False, **options)
+        for name, used in zip("qkv", BIASES[self.bias], strict=True):
+            vector = Vector((H, D // H), ("heads", None), zeros) if used else None
+            setattr(self, f"{name}_bias", vector)
+        self.norm = LayerNorm(self.eps, self.dtype) if self.inner_norm else None
+        self.out = Projection((D,), ("heads", None, "embed"), **options)
+
+    def heads(self, x):
+        """[B, L, D] -> q, k, v, each [B, H, L, d]."""
+        qkv = self.qkv(x).transpose(2, 0, 3, 1, 4)  # [3, B, H, L, d]
+        offsets = self.q_bias, self.k_bias, self.v_bias
+        return tuple(
+            x if b is None else x + b()[:, None, :].astype(x.dtype)
             for x, b in zip(qkv, offsets, strict=True)
         )
-        dropout = 0.0 if deterministic else self.dropout
-        key = self.make_rng("dropout") if dropout else None
-        x, weights = attend(q, k, v, attention_bias, dropout, key)
-        x = x.transpose(0, 2, 1, 3)  # [B, L, H, d]
-        if self.inner_norm:
-            x = LayerNorm(self.eps, self.dtype, name="norm")(x.reshape(B, L, D))
-            x = x.reshape(B, L, H, d)
-        x = Projection((D,), ("heads", None, "embed"), name="out", **options)(x)
-        return x, weights
+
+    def merge(self, x):
+        """[B, H, L, d] -> [B, L, D]."""
+        B, H, L, d = x.shape
+        x = x.transpose(0, 2, 1, 3)
+        if self.norm is not None:
+            x = self.norm(x.reshape(B, L, H * d)).reshape(B, L, H, d)
+        return self.out(x)

@@ -28,6 +28,15 @@ def truncated_normal(std: float, cut: float = 1.0) -> Init:
     return init
 
 
+def xavier_uniform(key, shape, dtype=jnp.float32):
+    """U(-1, 1) sqrt(6 / (inputs + outputs)) of kernels [D, F], heads' [H, d, D] and fused q, k, v
+    [D, 3, H, d], each of which counts as a matrix of its own."""
+    cut = 2 if len(shape) == 3 else 1
+    inputs, outputs = shape[:cut], shape[max(cut, len(shape) - 2) :]
+    bound = math.sqrt(6 / (math.prod(inputs) + math.prod(outputs)))
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 def torch_uniform(fan_in: int) -> Init:
     """PyTorch's default of convolutions and linear maps, biases too: U(-1, 1) / sqrt(fan_in)."""
 

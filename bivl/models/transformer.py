@@ -1,6 +1,7 @@
 """The Transformer encoder: pre-, post- and sub-LN blocks, looped or scanned over stacked layers."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -9,14 +10,26 @@ from flax import linen as nn
 
 from bivl.core.config import choice
 from bivl.core.errors import UserError
-from bivl.models.attention import BIASES, Attention, padding_bias
-from bivl.models.layers import LayerNorm, Mlp, Vector, constrain_tokens, drop_path, truncated_normal
+from bivl.models.attention import BIASES, Attention, attend, padding_bias
+from bivl.models.layers import (
+    LayerNorm,
+    Mlp,
+    Vector,
+    constrain_tokens,
+    drop_path,
+    truncated_normal,
+    xavier_uniform,
+)
 
 NORMS = ("pre", "post", "sub")
 RATES = ("drop_path", "dropout", "attention_dropout", "activation_dropout", "layer_drop")
-INITS = {  # every kernel ~ N(0, 0.02^2): BEiT cuts it at one std, BERT and fairseq do not cut it
-    "truncated": truncated_normal(0.02),
-    "normal": nn.initializers.normal(0.02),
+INITS = {  # the kernels' initialiser, and what rescales those of a layer afterwards
+    "truncated": (truncated_normal(0.02), ""),  # N(0, 0.02^2) cut at one std, as BEiT does
+    "normal": (nn.initializers.normal(0.02), ""),  # not cut: BERT, fairseq
+    "beit": (truncated_normal(0.02), "depth"),
+    "normal_beit": (nn.initializers.normal(0.02), "depth"),
+    "magneto": (xavier_uniform, "gain"),
+    "scratch": (truncated_normal(0.02, 2.0), "gain"),
 }
 REMAT = {
     "none": None,
@@ -45,7 +58,6 @@ class EncoderConfig:
     input_norm: bool = False
     final_norm: bool = True
     init: str = "truncated"
-    depth_rescale: bool = False
     dtype: str = "float32"
     remat: str = "none"
     scan: bool = False
@@ -86,39 +98,77 @@ class Block(nn.Module):
 
     config: EncoderConfig
 
-    @nn.compact
-    def __call__(self, x, bias, drop_rate, deterministic: bool):
+    def setup(self):
         c = self.config
+        options = {"inner_norm": c.norm == "sub", "eps": c.eps, "dtype": c.dtype}
+        options["kernel_init"] = INITS[c.init][0]
+        self.attention = Attention(c.width, c.num_heads, c.qkv_bias, **options)
+        self.mlp = Mlp(c.mlp_dim, dropout=c.activation_dropout, **options)
+        self.norm1, self.norm2 = (LayerNorm(c.eps, c.dtype) for _ in range(2))
+        if c.layer_scale:
+            init = nn.initializers.constant(c.layer_scale)
+            self.scale1, self.scale2 = (Vector((c.width,), (None,), init) for _ in range(2))
+        self.drop = nn.Dropout(c.dropout)
 
-        def norm(name):
-            return LayerNorm(c.eps, c.dtype, name=name)
+    def __call__(self, x, bias, drop_rate, deterministic: bool):
+        dropout = 0.0 if deterministic else self.config.attention_dropout
+        key = self.make_rng("dropout") if dropout else None
+        q, k, v = self.heads(x)
+        attended, weights = attend(q, k, v, bias, dropout, key)
+        return *self.finish(x, attended, drop_rate, deterministic), weights
+
+    def heads(self, x):
+        """The first half: [B, L, D] -> q, k, v, each [B, H, L, d]."""
+        return self.attention.heads(x if self.config.norm == "post" else self.norm1(x))
+
+    def finish(self, x, attended, drop_rate, deterministic: bool):
+        """The second half: x and what its heads have read, [B, H, L, d] -> (x, ffn)."""
+        c = self.config
+        post = c.norm == "post"
 
         def scaled(y, name):
-            if not c.layer_scale:
-                return y
-            init = nn.initializers.constant(c.layer_scale)
-            return y * Vector((c.width,), (None,), init, name=name)().astype(y.dtype)
+            return y * getattr(self, name)().astype(y.dtype) if c.layer_scale else y
 
         def dropped(y):
-            y = nn.Dropout(c.dropout)(y, deterministic)
+            y = self.drop(y, deterministic)
             if c.drop_path and not deterministic:
                 y = drop_path(y, drop_rate, self.make_rng("dropout"))
             return y
 
-        options = {"inner_norm": c.norm == "sub", "eps": c.eps, "dtype": c.dtype}
-        options["kernel_init"] = INITS[c.init]
-        attention = Attention(
-            c.num_heads, c.qkv_bias, dropout=c.attention_dropout, name="attention", **options
-        )
-        mlp = Mlp(c.mlp_dim, dropout=c.activation_dropout, name="mlp", **options)
-        post = c.norm == "post"
-        y, weights = attention(x if post else norm("norm1")(x), bias, deterministic)
-        x = x + dropped(scaled(y, "scale1"))
-        x = norm("norm1")(x) if post else x
-        ffn = scaled(mlp(x if post else norm("norm2")(x), deterministic), "scale2")
+        x = x + dropped(scaled(self.attention.merge(attended), "scale1"))
+        x = self.norm1(x) if post else x
+        ffn = scaled(self.mlp(x if post else self.norm2(x), deterministic), "scale2")
         x = x + dropped(ffn)
-        x = norm("norm2")(x) if post else x
-        return constrain_tokens(x), ffn, weights
+        x = self.norm2(x) if post else x
+        return constrain_tokens(x), ffn
+
+
+def init_blocks(config: EncoderConfig, key):
+    """The parameters of all blocks, stacked [N, ...] and boxed.
+
+    What rescales them: `depth`, BEiT's `fix_init_weight`: in layer l (from 1) the last matrices of
+    both branches by 1 / sqrt(2 l); `gain`, Magneto (arXiv 2210.06423, section 3): the values, the
+    last matrix of attention and both of the FFN by sqrt(ln(2 N)).
+    """
+    c, rule = config, INITS[config.init][1]
+    gain = math.sqrt(math.log(2 * c.depth))
+    last = (("attention", "out"), ("mlp", "fc2"))
+
+    def one(key, layer):
+        x = jnp.zeros((1, 1, c.width), c.dtype)
+        params = Block(c).init(key, x, None, 0.0, True)["params"]
+        scales = {}
+        if rule == "depth":
+            scales = dict.fromkeys(last, jax.lax.rsqrt(2.0 * (layer + 1)))
+        if rule == "gain":
+            scales = dict.fromkeys((*last, ("mlp", "fc1")), gain)
+            scales["attention", "qkv"] = jnp.array([1.0, 1.0, gain])[:, None, None]
+        for (module, name), scale in scales.items():
+            kernel = params[module][name]["kernel"]
+            params[module][name]["kernel"] = jax.tree.map(lambda k, s=scale: k * s, kernel)
+        return params
+
+    return _add_layer_axis(jax.vmap(one)(jax.random.split(key, c.depth), jnp.arange(c.depth)))
 
 
 def _add_layer_axis(tree):
@@ -137,6 +187,8 @@ class Tokens(NamedTuple):
     """Added to attention logits; broadcasts to [B, H, L, L]."""
     padding: jax.Array | None = None
     """bool [B, L], True = pad; absent where nothing can be padded."""
+    images: int = 0
+    """How many of the first tokens are an image's, where texts' tokens may follow."""
 
 
 class Encoded(NamedTuple):
@@ -161,20 +213,6 @@ class Encoder(nn.Module):
 
     config: EncoderConfig
 
-    def _init_blocks(self, key, x):
-        c = self.config
-
-        def one(key, layer):
-            params = Block(c).init(key, x[:1], None, 0.0, True)["params"]
-            if c.depth_rescale:  # BEiT's fix_init_weight: layer l (from 1) by 1 / sqrt(2 l)
-                scale = jax.lax.rsqrt(2.0 * (layer + 1))
-                for module, name in (("attention", "out"), ("mlp", "fc2")):
-                    kernel = params[module][name]["kernel"]
-                    params[module][name]["kernel"] = jax.tree.map(lambda k: k * scale, kernel)
-            return params
-
-        return _add_layer_axis(jax.vmap(one)(jax.random.split(key, c.depth), jnp.arange(c.depth)))
-
     @nn.compact
     def __call__(self, tokens: Tokens, deterministic: bool = True, collect=()) -> Encoded:
         c = self.config
@@ -186,7 +224,7 @@ class Encoder(nn.Module):
         if tokens.padding is not None:
             hidden = padding_bias(tokens.padding)
             bias = hidden if bias is None else bias + hidden
-        blocks = nn.unbox(self.param("blocks", self._init_blocks, x))
+        blocks = nn.unbox(self.param("blocks", lambda key: init_blocks(c, key)))
         rates = jnp.linspace(0.0, c.drop_path, c.depth)
         random = not deterministic and c.is_random
         keys = jax.random.split(self.make_rng("dropout"), c.depth) if random else rates
@@ -203,13 +241,18 @@ class Encoder(nn.Module):
 
         if REMAT[c.remat]:
             body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=not c.scan)
-        run = _scan if c.scan else _loop
-        y, collected = run(body, x, (blocks, rates, keys))
+        y, collected = run_layers(body, x, (blocks, rates, keys), c.scan)
         if "layers" in collected:
             collected["layers"] = (x, *collected["layers"])
         if c.final_norm:
             y = LayerNorm(c.eps, c.dtype, name="norm")(y)
         return Encoded(y, **collected)
+
+
+def run_layers(body, x, stacked, scan: bool):
+    """Runs `body(x, layer) -> (x, dict of outputs)` over trees stacked [N, ...], as a scan or as a
+    loop; returns x and {name: its N outputs}."""
+    return (_scan if scan else _loop)(body, x, stacked)
 
 
 def _loop(body, x, stacked):

@@ -18,30 +18,34 @@ from bivl.objectives import encoding
 NORM_AXES = {"layer": (2,), "instance": (1,), "batch": (0, 1), "group": (1, 2)}
 
 
-def normalize(x, name: str, eps: float = 1e-5):
+def normalize(x, name: str, eps: float = 1e-5, valid=None):
     """Normalises x [B, L, D] without affine, in float32: over D (`layer`), over L per channel
-    (`instance`), over B and L per channel (`batch`) or over L and D (`group`)."""
+    (`instance`), over B and L per channel (`batch`) or over L and D (`group`).
+
+    With `valid`, bool [B, L], statistics over L are those of the valid tokens."""
     x = x.astype(jnp.float32)
     axes = NORM_AXES[name]
-    mean = x.mean(axes, keepdims=True)
-    variance = jnp.square(x - mean).mean(axes, keepdims=True)
+    real = None if valid is None or name == "layer" else valid[..., None]
+    mean = x.mean(axes, keepdims=True, where=real)
+    variance = jnp.square(x - mean).mean(axes, keepdims=True, where=real)
     return (x - mean) * jax.lax.rsqrt(variance + eps)
 
 
-def average_targets(layers, layer_norms=(), norms=()):
+def average_targets(layers, layer_norms=(), norms=(), valid=None):
     """K arrays [B, L, D] -> targets [B, L, D] in float32.
 
     Each layer through `layer_norms` in order, arithmetic mean, then the mean through `norms`
-    (paper section 3.3; fairseq `models/data2vec_audio.py`). Padding is not excluded, as there.
+    (paper section 3.3; fairseq `models/data2vec_audio.py`). Padding is not excluded, as there,
+    unless `valid`, bool [B, L], says what is none.
     """
     total = 0.0
     for x in layers:
         for name in layer_norms:
-            x = normalize(x, name)
+            x = normalize(x, name, valid=valid)
         total = total + x.astype(jnp.float32)
     y = total / len(layers)
     for name in norms:
-        y = normalize(y, name)
+        y = normalize(y, name, valid=valid)
     return y
 
 
@@ -60,6 +64,16 @@ def regression_loss(prediction, target, beta: float, reduction: str, scale: floa
 
 def check(config) -> None:
     """UserError for teacher, target and loss settings that cannot be."""
+    check_teacher(config)
+    check_norms("target", config.target)
+    choice("target.layer", config.target.layer, ("end", "ffn"))
+    choice("loss.reduction", config.loss.reduction, ("mean", "sum"))
+    if not isinstance(config.loss.scale, float | int | None):
+        raise UserError(f"config.loss.scale={config.loss.scale!r} must be None or a number")
+
+
+def check_teacher(config) -> None:
+    """UserError for a number of layers or a schedule of the average that cannot be."""
     depth, k = config.model.depth, config.top_k_layers
     if not 1 <= k <= depth:
         raise UserError(f"config.top_k_layers={k} must lie between 1 and model.depth={depth}")
@@ -68,13 +82,13 @@ def check(config) -> None:
             raise UserError(f"config.{key}={config[key]} must lie in [0, 1]")
     if not all(isinstance(prefix, str) for prefix in config.ema_shared):
         raise UserError(f"config.ema_shared={config.ema_shared} must be paths of parameters")
-    choice("target.layer", config.target.layer, ("end", "ffn"))
-    for key in ("layer_norms", "norms"):
-        for name in config.target[key]:
-            choice(f"target.{key}", name, NORM_AXES)
-    choice("loss.reduction", config.loss.reduction, ("mean", "sum"))
-    if not isinstance(config.loss.scale, float | int | None):
-        raise UserError(f"config.loss.scale={config.loss.scale!r} must be None or a number")
+
+
+def check_norms(key: str, target) -> None:
+    """UserError for a normalisation that does not exist."""
+    for kind in ("layer_norms", "norms"):
+        for name in target[kind]:
+            choice(f"{key}.{kind}", name, NORM_AXES)
 
 
 def teacher_targets(encode, config):

@@ -67,7 +67,6 @@ def get_config(text=None):
             "layer_scale": 0.0,
             "drop_path": 0.0,
             "attention_dropout": 0.0,
-            "depth_rescale": False,
             "init": "normal",
             "input_norm": True,
             "final_norm": False,

@@ -77,7 +77,7 @@ def get_config(text=None):
         "drop_path": drop_path,
         "dropout": 0.0,
         "attention_dropout": attention_dropout,
-        "depth_rescale": True,
+        "init": "beit",
         "scan": size in ("base", "large"),  # one layer's program for all: quick to compile on TPU
         "remat": "none",  # or full, dots
     }

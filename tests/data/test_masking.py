@@ -2,8 +2,9 @@ import math
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from bivl.data.masking import block_mask
+from bivl.data.masking import block_count, block_mask, sampler
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,43 @@ def test_equals_the_rule_written_on_an_array(grid, count, block):
         fast = block_mask(np.random.default_rng(seed), grid, count, block)
         slow = _slow_block_mask(np.random.default_rng(seed), *grid, count, block, count, 0.3)
         np.testing.assert_array_equal(fast, slow)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Masks of 75 of 14 x 14 and what `exact` makes of the same draws."""
+    draw = lambda seed, exact: block_mask(np.random.default_rng(seed), 14, 75, exact=exact)  # noqa: E731
+    return np.stack([[draw(seed, exact) for exact in (False, True)] for seed in range(3000)])
+
+
+def test_exact_masks_make_up_what_is_missing(pairs):
+    """The figures of BEiT's generator: 67 % exact, mean 74.5; of v2's: always 75."""
+    loose, exact = pairs.swapaxes(0, 1)
+    counts = loose.sum((1, 2))
+    assert 0.63 < (counts == 75).mean() < 0.71 and 74.3 < counts.mean() < 74.7
+    assert (exact.sum((1, 2)) == 75).all()
+    assert not (loose & ~exact).any()
+    np.testing.assert_array_equal(loose[counts == 75], exact[counts == 75])
+    added = (exact & ~loose).mean(0)
+    assert (added.reshape(2, 7, 2, 7).sum((1, 3)) > 0).all()
+
+
+def test_exact_masks_keep_the_marginals_of_blocks(pairs):
+    often = pairs[:, 1].mean(0)
+    np.testing.assert_allclose(often[[0, 0, -1, -1], [0, -1, 0, -1]], 0.05, atol=0.02)
+    np.testing.assert_allclose(often[[0, 7, 7, -1], [7, 0, -1, 7]], 0.2, atol=0.04)
+    np.testing.assert_allclose(often[6:8, 6:8], 0.71, atol=0.04)
+
+
+def test_the_sampler_of_exact_blocks():
+    config = ConfigDict({"mask_ratio": 75 / 196})
+    config.masking = {"kind": "block", "min_block": 16, "exact": True}
+    draw = sampler(config, (14, 14))
+    masks = [draw(np.random.default_rng(seed))["mask"] for seed in range(200)]
+    assert {mask.sum() for mask in masks} == {block_count(75 / 196, (14, 14))} == {75}
+    config.masking = {"kind": "block", "min_block": 16}
+    draw = sampler(config, (14, 14))
+    assert len({draw(np.random.default_rng(seed))["mask"].sum() for seed in range(200)}) > 1
 
 
 def test_blocks_reach_every_cell_and_never_span_the_grid():

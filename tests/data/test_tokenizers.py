@@ -16,14 +16,18 @@ import sentencepiece
 
 from bivl import prepare as entry
 from bivl.core.errors import UserError
-from bivl.data import texts, tokenizers
+from bivl.data import scene_things, scene_words, texts, tokenizers
+from bivl.data.pieces import prepare as pieces_of
 from bivl.data.vocabulary import prepare as vocabulary
 
 SMALL = pathlib.Path(vocabulary.__file__).parent / "small"
+PIECES = pathlib.Path(pieces_of.__file__).parent / "small_xlmr.model"
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 # Hashes of what the committed vocabulary was trained on, and of the result.
 TEXTS_SHA256 = "6f6b5cc0fa3dba8d37855b369059831c44dcd29dbb495e9e114744772d64dd90"
 VOCABULARY_SHA256 = "81e041d55a68d268534ee1c71b46f96e0fead741ccc7ebbdc2de29e8cb3c0eeb"
+PIECES_TEXTS_SHA256 = "7ddd7b332165ff2d1bd32722f93d09e27ab7c683cbc6524734eed956b832f49a"
+PIECES_SHA256 = "c2024e0800a9154708646972a40ab95778ede987fee0df4d7b35dc07d5462959"
 TEXTS = [
     "",
     " ",
@@ -141,6 +145,7 @@ def test_kinds_and_paths():
     with pytest.raises(UserError, match="tokenizer.kind"):
         tokenizers.load({})
     assert "use kind=bpe" in message("small", "somewhere")
+    assert "use kind=xlmr" in message("small_xlmr", "somewhere")
     assert "is empty" in message("bpe", "")
     assert "is not a folder" in message("bpe", "/nowhere/at/all")
 
@@ -363,6 +368,103 @@ def test_sentencepiece_paths(pieces, tmp_path):
     for content in (b"", b"no model", data[: len(data) // 3]):
         (tmp_path / "bad.model").write_bytes(content)
         assert "bad.model" in message("sentencepiece", tmp_path / "bad.model")
+
+
+# SentencePiece with the ids of XLM-R
+
+
+@pytest.fixture(scope="module")
+def xlmr_file(tmp_path_factory):
+    """A unigram model whose first pieces are <unk>, <s> and </s>, as beit3.spm's are."""
+    text = texts.pydoc_table({"split": "test"}).rows(("text",))[0]["text"]
+    file, path = io.BytesIO(), tmp_path_factory.mktemp("xlmr") / "sentencepiece.bpe.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.split("\n")), model_writer=file, minloglevel=2, vocab_size=300
+    )
+    path.write_bytes(file.getvalue())
+    return path
+
+
+def test_xlmr_ids(xlmr_file):
+    tokenizer = tokenizers.load({"kind": "xlmr", "path": str(xlmr_file)})
+    assert tokenizer.special == (0, 1, 2, 3, 301) and tokenizer.size == 302
+    model = sentencepiece.SentencePieceProcessor(model_file=str(xlmr_file))
+    # The rule by names: four of fairseq's own, then the pieces in their order, then <mask>.
+    names = [*SPECIAL[:4], *(model.id_to_piece(k) for k in range(3, 300)), "<mask>"]
+    for text in ("the lost and the nine", "", "Ωx, <mask> </s>", "many words " * 300):
+        ids = tokenizer.encode(text)
+        found = [names[i] for i in ids]
+        split = model.encode(text, out_type=str)
+        assert [p if p in names[4:-1] else "<unk>" for p in split] == found
+        assert ids.dtype == np.int32 and not set(ids.tolist()) & {0, 1, 2, 301}
+    assert 3 in tokenizer.encode("Ω")
+    ids = [0, *tokenizer.encode("the nine"), 2, 1, 3, 301, 302, -1]
+    assert tokenizer.decode(ids) == "the nine"
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy == tokenizer and copy.encode("nine").tolist() == tokenizer.encode("nine").tolist()
+
+
+def test_xlmr_needs_its_first_pieces(pieces):
+    assert "use kind=sentencepiece" in message("xlmr", pieces / "unigram.model")
+    assert "cannot read" in message("xlmr", pieces / "none.model")
+    assert "is empty" in message("xlmr", "")
+
+
+@pytest.mark.live
+def test_xlmr_equals_transformers(xlmr_file):
+    from transformers import XLMRobertaTokenizer
+
+    for name, value in (("tokenizer_config", "XLMRobertaTokenizer"), ("config", "xlm-roberta")):
+        key = "tokenizer_class" if name == "tokenizer_config" else "model_type"
+        (xlmr_file.parent / f"{name}.json").write_text(json.dumps({key: value}))
+    theirs = XLMRobertaTokenizer.from_pretrained(xlmr_file.parent, local_files_only=True)
+    ours = tokenizers.load({"kind": "xlmr", "path": str(xlmr_file)})
+    assert len(theirs) == ours.size and theirs.mask_token_id == ours.mask
+    special = (theirs.bos_token_id, theirs.pad_token_id, theirs.eos_token_id, theirs.unk_token_id)
+    assert special == ours.special[:4]
+    for text in ("the lost and the nine", "Ωx many  words", "Größe, naïve: 日本語", "ﬁne Ａ", ""):
+        assert theirs(text)["input_ids"] == [0, *ours.encode(text).tolist(), 2]
+
+
+def test_small_xlmr():
+    tokenizer = tokenizers.load({"kind": "small_xlmr"})
+    assert tokenizer.special == (0, 1, 2, 3, 2047) and tokenizer.size == 2048
+    for text in TEXTS + ["\ud800", "Größe naïve 日本語 Ελληνικά"]:
+        ids = tokenizer.encode(text)
+        assert not set(ids.tolist()) & set(tokenizer.special)
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        # As any SentencePiece model it takes many spaces for one, but loses no character.
+        assert tokenizer.decode(ids) == re.sub(" +", " ", whole).strip(" ")
+    names = (*scene_things.COLOURS, *scene_things.SHAPES, *scene_words.ANSWERS)
+    assert all(len(tokenizer.encode(word)) == 1 for word in names)
+
+
+def test_the_packaged_pieces_are_the_recorded_ones():
+    assert digest(PIECES.read_bytes()) == PIECES_SHA256
+    assert PIECES.stat().st_size < 100_000
+    notice = (PIECES.parent / "NOTICE").read_text()
+    for words in ("CPython 3.11.7", "Python Software Foundation", "Cal Henderson", "Mu-An Chiou"):
+        assert words in notice
+
+
+def test_the_packaged_pieces_can_be_made_again(tmp_path, capsys):
+    entry.run(["pieces", "--source=packaged", f"--out={tmp_path}"])
+    made = pathlib.Path(capsys.readouterr().out.strip())
+    assert tokenizers.load({"kind": "xlmr", "path": str(made)}).size == 2048
+    found = digest("\0".join(sorted(pieces_of.read_texts("packaged"))).encode())
+    if found == PIECES_TEXTS_SHA256:  # other words in scenes, or another Python, give others
+        assert digest(made.read_bytes()) == PIECES_SHA256
+    with pytest.raises(UserError, match="exists already"):
+        pieces_of.prepare("packaged", tmp_path)
+
+
+def test_pieces_from_a_folder(tmp_path):
+    (tmp_path / "a.txt").write_text("too little")
+    with pytest.raises(UserError, match="add texts"):
+        pieces_of.prepare(str(tmp_path), tmp_path / "out")
+    with pytest.raises(UserError, match="write packaged"):
+        pieces_of.prepare(str(tmp_path / "none"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # The script that made the packaged vocabulary

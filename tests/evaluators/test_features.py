@@ -64,7 +64,7 @@ def test_memory_does_not_keep_parameters_alive(identity, splits_of, blobs):
     splits = splits_of(blobs(4, 3, 2), blobs(4, 3, 2))
     params = jnp.ones(3) * 2
     features.extract(identity, splits, "train", params, None)
-    _, weak = splits.memory["train"][0]
+    _, weak = splits.memory["train", "features"][0]
     assert weak() is params
     del params
     gc.collect()

@@ -47,7 +47,6 @@ TABLE = {
     "model.activation_dropout": (0.0,) * 6,
     "model.drop_path":     (0.0,) * 6,
     "model.layer_scale":   (0.0,) * 6,
-    "model.depth_rescale": (False,) * 6,
     "model.final_norm":    (False,) * 6,
     "model.input_norm":    (False,      False,    False,    True,      True,     True),
     "model.layer_drop":    (0.0,        0.0,      0.0,      0.05,      0.05,     0.0),

@@ -1,0 +1,216 @@
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bivl.core.errors import GuardStop, UserError
+from bivl.evaluators import features, retrieval
+
+
+@pytest.fixture
+def towers():
+    """predict: the embeddings of an example are its `x` and `y`, scaled by params."""
+    return {
+        "image_embeddings": lambda params, extras, batch: batch["x"] * params,
+        "text_embeddings": lambda params, extras, batch: batch["y"] * params,
+    }
+
+
+def splits_of(data, batch_size=8, calls=None, bad=(), record=None):
+    """Rows `bad` cannot be decoded; the last batch is padded by the last row."""
+    count = len(data["x"])
+
+    def batches(split):
+        if calls is not None:
+            calls.append(split)
+        for start in range(0, count, batch_size):
+            index = np.arange(start, start + batch_size)
+            rows = {name: value[np.minimum(index, count - 1)] for name, value in data.items()}
+            x, y = (jnp.asarray(rows.pop(name)) for name in ("x", "y"))
+            yield {"x": x, "y": y, "mask": (index < count) & ~np.isin(index, bad), **rows}
+
+    return features.Splits(batches, None, record=record)
+
+
+def unit(x):
+    return np.float32(x / np.linalg.norm(x, axis=-1, keepdims=True))
+
+
+def draw(captions, width=6, signal=1.0, seed=0):
+    """x [N, E], y [N, E], id [N]: captions[i] rows of image i in mixed order, ids in no order."""
+    rng = np.random.default_rng(seed)
+    image = np.repeat(np.arange(len(captions)), captions)
+    rng.shuffle(image)
+    vectors = unit(rng.normal(size=(len(captions), width)))
+    x = vectors[image]
+    y = unit(signal * x + rng.normal(size=x.shape))
+    return {"x": x, "y": y, "id": (7 * (image + 3)) % 1009}
+
+
+def by_hand(data, k):
+    """Recall at k of both directions: sorted lists, one question after the other."""
+    images = {number: x for number, x in zip(data["id"], data["x"], strict=True)}
+    numbers, pictures = list(images), np.stack(list(images.values()))
+    hits = [], []
+    for number, picture in images.items():
+        near = np.argsort(-(data["y"] @ picture))[:k]
+        hits[0].append(number in data["id"][near])
+    for number, text in zip(data["id"], data["y"], strict=True):
+        near = np.argsort(-(pictures @ text))[:k]
+        hits[1].append(number in [numbers[place] for place in near])
+    return [np.mean(found) for found in hits]
+
+
+@pytest.mark.parametrize("captions", [[1] * 16, [5] * 5, [1, 4, 2, 2, 7, 1], [3]])
+def test_uneven_captions_agree_with_a_plain_count(towers, captions):
+    data = draw(captions)
+    found = retrieval.make(towers, splits_of(data), {"recall_at": (1, 3)})(jnp.float32(1), None)
+    expected = {k: by_hand(data, k) for k in (1, 3)}
+    for k, (there, back) in expected.items():
+        assert found[f"retrieval/image_to_text_recall_at_{k}"] == pytest.approx(there)
+        assert found[f"retrieval/text_to_image_recall_at_{k}"] == pytest.approx(back)
+    mean = np.mean(list(expected.values()))
+    assert found["retrieval/mean_recall"] == pytest.approx(mean)
+    assert len(captions) < 2 or 0 < mean < 1
+
+
+def test_the_first_row_of_an_image_counts(towers):
+    x = unit(np.array([[1, 0], [0, 1], [0, 1], [0, 1.0]]))  # row 2 shows image 7 otherwise
+    data = {"x": x, "y": unit(np.array([[1, 0.1], [0, 1], [1, 0.2], [0.1, 1]])), "id": [7, 3, 7, 3]}
+    data["id"] = np.array(data["id"])
+    found = retrieval.make(towers, splits_of(data), {"recall_at": 1})(jnp.float32(1), None)
+    assert found["retrieval/mean_recall"] == 1
+    assert found["retrieval/text_to_image_median_rank"] == 1
+
+
+def test_distinct_ids_in_order_of_appearance():
+    first, owner = retrieval.distinct(np.array([9, 2, 9, 5, 2, 9]))
+    assert first.tolist() == [0, 1, 3]
+    assert owner.tolist() == [0, 1, 0, 2, 1, 0]
+
+
+@pytest.mark.parametrize("width", [3, 64, 257])
+def test_equal_embeddings_find_no_more_than_chance(towers, width):
+    one = unit(np.random.default_rng(width).normal(size=width))
+    data = draw([5] * 21) | {"x": np.tile(one, (105, 1)), "y": np.tile(one, (105, 1))}
+    found = retrieval.make(towers, splits_of(data))(jnp.float32(1), None)
+    chances = []
+    for k in (1, 5, 10):
+        both = [f"retrieval/{way}_recall_at_{k}" for way in ("image_to_text", "text_to_image")]
+        chances.append(found[f"retrieval/chance_at_{k}"])
+        assert np.mean([found[name] for name in both]) <= chances[-1]
+    assert found["retrieval/mean_recall"] < np.mean(chances) / 2
+    assert found["retrieval/image_to_text_median_rank"] > 50
+
+
+def test_ranks_count_ties_and_do_not_depend_on_the_chunk():
+    rng = np.random.default_rng(0)
+    queries, gallery = (rng.integers(-2, 3, (n, 3)).astype(np.float32) for n in (13, 40))
+    keys, gallery_keys = np.arange(13), np.arange(40) % 13
+    expected = []
+    for query, key in zip(queries, keys, strict=True):
+        similarity = gallery @ query
+        best = similarity[gallery_keys == key].max()
+        expected.append((similarity[gallery_keys != key] >= best).sum())
+    for chunk in (None, 1, 4, 13, 50):
+        found = retrieval.ranks(queries, gallery, keys, gallery_keys, chunk)
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("right", "total", "k"), [(1, 7, 3), (2, 7, 3), (5, 7, 3), (1, 4, 9)])
+def test_chance_is_the_share_of_all_orders(right, total, k):
+    draws = list(itertools.combinations(range(total), min(k, total)))
+    share = np.mean([any(item < right for item in draw) for draw in draws])
+    assert retrieval.chance(right, total, k) == pytest.approx(share)
+
+
+def test_unrelated_embeddings_score_chance(towers):
+    data = draw([2] * 300, width=16, signal=0.0)
+    found = retrieval.make(towers, splits_of(data, 128), {"recall_at": (30,)})(jnp.float32(1), None)
+    assert found["retrieval/chance_at_30"] == pytest.approx((0.0976 + 0.1) / 2, abs=1e-3)
+    assert found["retrieval/mean_recall"] == pytest.approx(0.0988, abs=0.04)
+    assert found["retrieval/text_to_image_median_rank"] == pytest.approx(150, abs=30)
+
+
+def test_each_embedding_is_computed_once_for_the_same_parameters(towers):
+    calls = []
+    splits, params = splits_of(draw([2] * 9), calls=calls), jnp.float32(1)
+    runs = [retrieval.make(towers, splits, {"recall_at": k}) for k in (1, 2)]
+    first = [run(params, None) for run in runs]
+    assert calls == ["test", "test"]
+    again = runs[0](jnp.float32(1) * 1, None)
+    assert calls == ["test"] * 4
+    assert again == first[0] and again != first[1]
+
+
+def pictured(data, text="a dog"):
+    """Records whose image is white for the first image and black for others."""
+
+    def record(split, row):
+        assert split == "test"
+        white = data["id"][row] == data["id"][0]
+        return {"image": np.full((9, 9, 3), 255 * white, np.uint8), "text": f"{text} {row}"}
+
+    return record
+
+
+def share(picture, colour):
+    """The share of pixels of a colour given as #rrggbb."""
+    wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return np.mean(np.all(picture == np.array(wanted, np.uint8), axis=-1))
+
+
+def test_the_picture_frames_right_and_wrong_answers(towers):
+    data = draw([1] * 7, signal=100.0)
+    run = retrieval.make(towers, splits_of(data, record=pictured(data)))
+    good = run(jnp.float32(1), None)["pictures/retrieval"]
+    assert good.dtype == np.uint8 and good.ndim == 3 and good.shape[2] == 3
+    wrong = data | {"y": -data["y"]}  # what is right comes last
+    run = retrieval.make(towers, splits_of(wrong, record=pictured(wrong)))
+    bad = run(jnp.float32(1), None)["pictures/retrieval"]
+    assert share(good, retrieval.RIGHT) > 0 and share(good, retrieval.WRONG) > 0
+    assert share(bad, retrieval.RIGHT) == 0
+    assert share(bad, retrieval.WRONG) > share(good, retrieval.WRONG)
+
+
+def test_the_picture_shows_any_text_and_any_number_of_examples():
+    for captions in ([1], [3], [1, 2]):
+        data = draw(captions)
+        first, owner = retrieval.distinct(data["id"])
+        text = "cost: $5 $\\broken{ \n" * 9
+        rows = first, np.arange(len(owner))
+        picture = retrieval._gallery(pictured(data, text), rows, data["x"][first], data["y"], owner)
+        assert picture.std() > 5
+
+
+def test_rows_that_cannot_be_decoded_keep_the_numbers_of_the_others(towers):
+    data, shown = draw([1] * 12, signal=100.0), []
+
+    def record(split, row):
+        shown.append(row)
+        return pictured(data)(split, row)
+
+    splits = splits_of(data, batch_size=5, bad=(0, 7), record=record)
+    found = features.extract(towers, splits, "test", jnp.float32(1), None, "text_embeddings")
+    assert found.rows.tolist() == [1, 2, 3, 4, 5, 6, 8, 9, 10, 11]
+    np.testing.assert_array_equal(found.features, data["y"][found.rows])
+    found = retrieval.make(towers, splits)(jnp.float32(1), None)
+    assert found["retrieval/image_to_text_recall_at_1"] == 1
+    assert set(shown) <= set(range(12)) - {0, 7}
+
+
+def test_what_cannot_be_scored_is_refused(towers):
+    splits = splits_of(draw([1] * 4))
+    for name in towers:
+        others = {key: value for key, value in towers.items() if key != name}
+        with pytest.raises(UserError, match=f"no '{name}'; take retrieval out of config.evalua"):
+            retrieval.make(others, splits)
+    with pytest.raises(UserError, match="config.eval.retrieval.recall_at is 0; give a positive"):
+        retrieval.make(towers, splits, {"recall_at": (1, 0)})
+    with pytest.raises(UserError, match="config.eval.retrieval has no key 'k'"):
+        retrieval.make(towers, splits, {"k": 3})
+    with pytest.raises(GuardStop, match="eval_data.test are not finite"):
+        retrieval.make(towers, splits)(jnp.float32(np.nan), None)
+    with pytest.raises(UserError, match="eval_data.test has no examples"):
+        retrieval.make(towers, features.Splits(lambda split: iter(()), None))(jnp.ones(()), None)
