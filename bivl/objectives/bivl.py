@@ -19,7 +19,7 @@ makes of the whole input:
             contrast.weight: InfoNCE of the pairs' images and texts, each alone, masked as they are
             drawn: what joins the two spaces where no stream does.
 
-The choices that the configs make were settled by the ablations in docs/bivl.md.
+The defaults of the configs are first choices: no ablation has settled them yet.
 """
 
 import jax
