@@ -100,17 +100,24 @@ def spec(config, sizes) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
 
 def train_ops(config) -> dict:
     """{part: (record, rng) -> one example}."""
+    texts = text.train_ops(_texts(config, config.text))
+    ops = {"images": image.train_ops(config), "pairs": masked_pair_ops(config)}
+    return ops | {"texts": lambda record, rng: _masked_text(texts(record, rng))}
+
+
+def masked_pair_ops(config):
+    """record, rng -> one example of the part `pairs`."""
     pair = ConfigDict(config.to_dict())
     pair.augment.scale = config.pair.scale
-    images, of_pairs = image.train_ops(config), image.train_ops(pair)
-    texts = text.train_ops(_texts(config, config.text))
-    captions = _texts(config, config.pair)
-    words, tokenizer = text.train_ops(captions), tokenizers.load(config.tokenizer)
+    images, tokenizer = image.train_ops(pair), tokenizers.load(config.tokenizer)
+    words = text.train_ops(_texts(config, config.pair))
     corrupt = choice("pair.corrupt", config.pair.corrupt, CORRUPT)
+    if corrupt != "both" and not image.keeps_all(config):
+        raise UserError(f"config.pair.corrupt={corrupt!r} needs masking.kind='block'; use both")
 
-    def pairs(record, rng):
+    def ops(record, rng):
         ids = text.record_ids(tokenizer, record, config.pair.length)
-        example = of_pairs(record, rng) | _masked_text(words({"tokens": ids}, rng))
+        example = images(record, rng) | _masked_text(words({"tokens": ids}, rng))
         spared = {"image": "text", "text": "image"}.get(corrupt)
         if corrupt == "either":
             spared = ("image", "text")[rng.integers(2)]
@@ -121,9 +128,7 @@ def train_ops(config) -> dict:
             example["inputs"] = example["tokens"]
         return example
 
-    if corrupt != "both" and not image.keeps_all(config):
-        raise UserError(f"config.pair.corrupt={corrupt!r} needs masking.kind='block'; use both")
-    return {"images": images, "texts": lambda r, rng: _masked_text(texts(r, rng)), "pairs": pairs}
+    return ops
 
 
 def examples(config) -> dict:

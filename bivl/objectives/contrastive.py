@@ -47,15 +47,24 @@ def check(config) -> None:
 
 
 def make(config) -> Objective:
-    """Reads `data` (pairs), `image_size model pair.length augment contrast.{width, pool} dtype`."""
+    """Reads `data` (pairs), `image_size model pair augment contrast.{width, pool, masked} dtype`.
+
+    contrast.masked: images and texts are contrasted masked as in pre-training, so that few pairs
+    are not learnt by heart (FLIP masks images to go faster, arXiv 2212.00794).
+    """
     choice("modality", config.modality, ("image_text",))
     check(config)
     grid, encoder = image_text.grid(config), MultiwayConfig.of(config.model, config.dtype)
     embed = image_text.make_embed(config, config.dtype)
     heading, pool = HeadsConfig(contrast=config.contrast.width), config.contrast.pool
     model = streams.ImageText(embed, encoder, heading, grid)
-    B, length = config.batch_size, config.pair.length
-    spec = image.inputs(config) | {"tokens": jax.ShapeDtypeStruct((B, length), jnp.int32)}
+    B, masked = config.batch_size, config.contrast.masked
+    if masked and not image.keeps_all(config):
+        raise UserError("config.contrast.masked needs masking.kind='block'; use that or False")
+    spec = image_text.spec(config, {"pairs": B})["pairs"]
+    if not masked:
+        spec = {name: spec[name] for name in ("image", "tokens")}
+    train_ops = (image_text.masked_pair_ops if masked else image_text.pair_ops)(config)
 
     def init(key):
         batch = {name: jnp.zeros((1, *s.shape[1:]), s.dtype) for name, s in spec.items()}
@@ -65,10 +74,11 @@ def make(config) -> Objective:
         del extras, targets
         vectors = {}
         keys = jax.random.split(key)
-        for name, key in zip(("image", "tokens"), keys, strict=True):
-            only, options = {name: batch[name]}, {"deterministic": False, "method": "embeddings"}
-            vectors[name] = model.apply(
-                {"params": params}, only, pool, rngs={"dropout": key}, **options
+        for names, key in zip((("image", "mask"), ("tokens", "inputs")), keys, strict=True):
+            only = {name: batch[name] for name in names if name in batch}
+            options = {"rngs": {"dropout": key}, "method": "embeddings"}
+            vectors[names[0]] = model.apply(
+                {"params": params}, only, pool, masked, False, **options
             )
         scale = params["heads"]["logit_scale"]["value"]
         value, metrics = info_nce(vectors["image"], vectors["tokens"], scale)
@@ -88,6 +98,6 @@ def make(config) -> Objective:
         images, texts = vectors
         return scale * images @ texts.T
 
-    ops = image_text.pair_ops(config), image_text.eval_ops(config), image_text.preprocess(config)
+    ops = train_ops, image_text.eval_ops(config), image_text.preprocess(config)
     no_targets = lambda *_: {}  # noqa: E731
     return Objective(spec, init, no_targets, loss, update, predict | {"logits": logits}, *ops)

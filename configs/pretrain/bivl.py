@@ -14,6 +14,7 @@ from configs import common
 from configs.pretrain import beit3
 
 DECODER = {"width": 384, "depth": 4, "kernel": 3, "groups": 16}
+SIZES = beit3.SIZES
 LOSSES = ("images", "texts", "pairs_image", "pairs_text")
 
 

@@ -175,3 +175,22 @@ def test_what_cannot_be_is_refused(changes, words):
 def test_a_batch_without_the_modality_is_refused(name, given, field):
     with pytest.raises(UserError, match=f"the batch has no {field}; the data set needs that field"):
         objective().predict[name](trees()[0], {}, {given: batch()[given]})
+
+
+def test_masked_contrast_reads_only_what_is_not_masked():
+    made = contrastive.make(config(contrast__masked=True))
+    pairs = image_texts.batch()["pairs"]
+    assert set(made.spec) == {"image", "mask", "tokens", "inputs", "text_mask"} <= set(pairs)
+    params, _, extras = trees()
+    loss = jax.jit(lambda pairs: made.loss(params, extras, pairs, {}, jax.random.key(0))[0])
+    told = pairs | {"tokens": jnp.where(pairs["text_mask"], 5, pairs["tokens"])}
+    unmasked = pairs | {"mask": jnp.zeros_like(pairs["mask"]), "inputs": pairs["tokens"]}
+    assert loss(told) == loss(pairs) != loss(unmasked)
+    both = image_texts.accumulated(objective(), trees(), batch(), 1)[0]["loss"]
+    np.testing.assert_allclose(loss(unmasked), both, rtol=1e-5)
+
+
+def test_masked_contrast_needs_mask_tokens():
+    changes = {"contrast__masked": True, "masking": image_texts.CLONES}
+    with pytest.raises(UserError, match="contrast.masked needs masking.kind='block'"):
+        contrastive.make(config(**changes))

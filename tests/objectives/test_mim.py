@@ -179,25 +179,6 @@ def test_what_cannot_be_is_refused(changes, words):
         model.make_objective(small_mim(changes))
 
 
-def test_the_losses_on_a_mesh_are_those_of_one_device():
-    def losses(devices, changes=()):
-        config = small_mim({"batch_size": "16", "optimizer.warmup_steps": "1"} | dict(changes))
-        program = train.build(config, jax.devices()[:devices])
-        found = []
-        with sharding.use(program.mesh):
-            state = states.create(program.objective, program.tx, program.mesh, config.seed)
-            step, batches = program.compile(), train.open_batches(config, program, 0)
-            for n in range(1, 4):
-                placed = sharding.to_global(next(batches)[0], program.mesh, config.batch_size)
-                state, values = step(state, placed, np.int32(n))
-                found.append([float(values["loss"]), float(values["grad_norm"])])
-            batches.close()
-        return np.array(found)
-
-    mesh = {"mesh.data": "2", "mesh.fsdp": "2", "mesh.tensor": "2"}
-    np.testing.assert_allclose(losses(8, mesh), losses(1), rtol=1e-4)
-
-
 def test_a_run(tmp_path):
     changes = {"optimizer.warmup_steps": "0", "evaluators": "knn,pictures", "eval.knn.k": "5"}
     state = train.train(small_mim(changes | {"model.drop_path": "0.2"}), tmp_path)
