@@ -28,10 +28,13 @@ FLAGS = {
 def saved_config(args, keys):
     """As `evaluate.saved_config`; one `data` key given replaces all that names the saved data."""
     config = evaluate.saved_config(args, keys)
-    if mixture.parts(config) is not None:
-        with config.unlocked():
-            config.data = mixture.first_with_images(config)
-    if any(key.startswith("data.") for key in keys):
+    given = any(key.startswith("data.") for key in keys)
+    parts = mixture.parts(config)
+    if parts is not None:
+        with config.unlocked():  # what is given replaces all of any part, which need not be there
+            any_part = next(iter(parts.values()))
+            config.data = any_part if given else mixture.first_with_images(config)
+    if given:
         texts = {k for k, v in configs.flatten(config.data).items() if isinstance(v, str)}
         config.data.update_from_flattened_dict(dict.fromkeys(texts, "") | {"split": "train"})
     return config
@@ -47,7 +50,12 @@ def main(argv) -> None:
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out={out} cannot be written; its folder must exist")
     step_dir = checkpoint.find(args.checkpoint, args.step)
-    objective, mesh, params, extras = model.restore(step_dir, config)
+    trained = configs.from_dict(config.to_dict())
+    with (
+        trained.unlocked()
+    ):  # an objective of several streams must know them, not what is read here
+        trained.data = checkpoint.read_config(step_dir).data
+    objective, mesh, params, extras = model.restore(step_dir, trained)
     size, source = evaluate.batch_size(config, mesh), sources.open_source(config.data)
 
     def batches(split):
