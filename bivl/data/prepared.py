@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bivl.core.errors import UserError
-from bivl.data.table import Column, Table, refuse_name, setting, split_names, split_ranges
+from bivl.data.table import Column, Rows, Table, refuse_name, setting, split_names, split_ranges
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _CURE = "prepare it with tfds.builder(NAME, file_format='array_record').download_and_prepare()"
@@ -17,10 +17,35 @@ _SMALLEST_SHARD = 2**16  # an ArrayRecord file is never smaller, even with one r
 
 
 def emoji_table(config: Mapping[str, Any]) -> Table:
-    """The packaged Noto emoji: image, text (its name), keywords, category, subcategory."""
+    """The packaged Noto emoji: image, text (its name), keywords, words (those of the keywords,
+    without the commas between them, which are half of a short text's tokens), category,
+    subcategory."""
     folder = pathlib.Path(__file__).parent / "emoji"
     table = _directory_table(folder, "emoji", setting(config, "split", "train"))
-    return dataclasses.replace(table, title="emoji", defaults={"label": "category"})
+    columns = {**table.columns, "words": Column("text")}
+
+    def rows(wanted):
+        stored = ("keywords" if name == "words" else name for name in wanted)
+        found = table.rows(tuple(dict.fromkeys(stored)))
+        return EmojiRows(found) if "words" in wanted else found
+
+    return dataclasses.replace(
+        table, title="emoji", columns=columns, rows=rows, defaults={"label": "category"}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EmojiRows:
+    """Rows of the packaged emoji, `words` among their fields."""
+
+    stored: Rows
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.stored[index]
+        return row | {"words": row["keywords"].replace(b",", b"")}
 
 
 def tfds_table(config: Mapping[str, Any]) -> Table:
@@ -40,6 +65,11 @@ def tfds_table(config: Mapping[str, Any]) -> Table:
 def _directory_table(folder: Any, name: str, split: str) -> Table:
     import tensorflow_datasets as tfds  # half a second, which other kinds need not pay
 
+    if not hasattr(tfds, "builder_from_directory"):  # it hides what its own import stumbled over
+        raise UserError(
+            "tensorflow_datasets cannot be imported whole; see what is missing with "
+            "python -c 'import tensorflow_datasets.public_api'"
+        )
     version = _version_folder(folder, name)
     try:
         builder = tfds.builder_from_directory(version)

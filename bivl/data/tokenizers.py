@@ -81,7 +81,7 @@ def load(config: Mapping[str, Any]) -> Tokenizer:
 
     kind:
       small: ours, byte-level BPE with 2,048 ids, packaged; for smoke runs and small texts.
-      small_xlmr: ours, a SentencePiece model with 2,048 ids as xlmr numbers them, packaged.
+      small_xlmr: ours, a SentencePiece model with 8,192 ids as xlmr numbers them, packaged.
       bytes: one id a byte of UTF-8, 4 and above; 261 ids, no files.
       bpe: byte-level BPE of GPT-2 and RoBERTa; `path` is a folder in the layout of Hugging Face
         (vocab.json with merges.txt, or tokenizer.json) or of fairseq (encoder.json with vocab.bpe

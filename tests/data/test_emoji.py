@@ -16,6 +16,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 import bivl.data.emoji
 from bivl import prepare as entry
 from bivl.core.errors import UserError
+from bivl.data import sources
 from bivl.data.emoji import prepare as emoji
 
 PACKAGED = pathlib.Path(bivl.data.emoji.__file__).parent / "emoji" / "1.0.0"
@@ -103,6 +104,16 @@ def test_texts(packaged):
     keywords = dict(zip(names, (record["keywords"].decode() for record in records), strict=True))
     assert keywords["grinning face"].split(", ")[:3] == ["grinning face", "face", "smile"]
     assert sum(not words for words in keywords.values()) == 0
+
+
+def test_words_are_the_keywords_without_commas():
+    options = {"kind": "emoji", "split": "test"}
+    rows = [
+        sources.open_source({**options, "fields": {"text": name}}) for name in ("keywords", "words")
+    ]
+    for index in range(0, len(rows[0]), 40):
+        keywords, words = (source[index]["text"] for source in rows)
+        assert words.split() == keywords.replace(", ", " ").split()
 
 
 def test_directory_is_small_and_names_no_machine():

@@ -1,4 +1,4 @@
-"""Trains a SentencePiece model of 2,046 pieces, which are 2,048 ids of XLM-R (kind=small_xlmr).
+"""Trains a SentencePiece model of 8,190 pieces, which are 8,192 ids of XLM-R (kind=small_xlmr).
 
 `source` is a folder with UTF-8 texts, *.txt; or the word `packaged`, which stands for what the
 packaged model was trained on: the train splits of pydoc, of the emoji names and keywords, and the
@@ -19,7 +19,7 @@ from bivl.data.scenes import scenes_table
 from bivl.data.texts import pydoc_table
 from bivl.data.vocabulary import prepare as vocabulary
 
-PIECES = 2046
+PIECES = 8190
 FILE = "small_xlmr.model"
 
 
