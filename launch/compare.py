@@ -3,7 +3,8 @@
     python launch/compare.py --metric=knn/accuracy --out=PICTURE.png NAME=WORKDIR [NAME=WORKDIR ...]
 
 Seconds are those of the training steps alone (`step_seconds`), FLOPs those of an update's matmuls
-and convolutions counted from the program (`bivl/core/flops.py`), times the updates.
+and convolutions counted from the program (`bivl/core/flops.py`), times the updates. What was
+trained before, a tokenizer and its teacher say, adds its own: NAME=BEFORE+BEFORE+WORKDIR.
 """
 
 import argparse
@@ -17,20 +18,27 @@ from bivl import train
 from bivl.core import config as configs
 
 
-def read(workdir: Path, metric: str) -> list[dict]:
-    """The run's evaluations as [{step, seconds, flops, value}]."""
+def read_costs(workdir: Path) -> tuple[np.ndarray, np.ndarray, float]:
+    """Steps from 0 on, the seconds of training up to each of them, and the FLOPs of an update."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     steps = np.array([0, *(line["step"] for line in lines)])
     means = np.array([line["step_seconds"] for line in lines])
     seconds = np.cumsum([0.0, *(means * np.diff(steps))])
     config = configs.from_dict(json.loads((workdir / "config.json").read_text()))
-    flops = train.build(config).flops()
+    return steps, seconds, train.build(config).flops()
+
+
+def read(folders: list[Path], metric: str) -> list[dict]:
+    """The evaluations of the last run as [{step, seconds, flops, value}], after the others."""
+    *before, (steps, seconds, flops) = [read_costs(folder) for folder in folders]
+    spent = sum(theirs[-1] for _, theirs, _ in before)
+    counted = sum(int(theirs[-1]) * update for theirs, _, update in before)
     found = []
-    for line in (workdir / "evaluations.jsonl").read_text().splitlines():
+    for line in (folders[-1] / "evaluations.jsonl").read_text().splitlines():
         point = json.loads(line)
         step = point["step"]  # a line of metrics may stand for several updates
-        at = {"step": step, "seconds": float(np.interp(step, steps, seconds))}
-        found.append(at | {"flops": flops * step, "value": point[metric]})
+        at = {"step": step, "seconds": float(spent + np.interp(step, steps, seconds))}
+        found.append(at | {"flops": counted + flops * step, "value": point[metric]})
     return found
 
 
@@ -59,12 +67,15 @@ def draw(runs: dict[str, list[dict]], metric: str) -> Figure:
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", metavar="NAME=WORKDIR")
+    parser.add_argument("runs", nargs="+", metavar="NAME=[BEFORE+]WORKDIR")
     parser.add_argument("--metric", default="knn/accuracy")
     parser.add_argument("--out", required=True)
     arguments = parser.parse_args()
     pairs = [run.partition("=") for run in arguments.runs]
-    runs = {name: read(Path(folder), arguments.metric) for name, _, folder in pairs}
+    runs = {
+        name: read([Path(folder) for folder in folders.split("+")], arguments.metric)
+        for name, _, folders in pairs
+    }
     print(f"| run | updates | seconds | FLOPs | {arguments.metric} |\n|---|---|---|---|---|")
     for name, points in runs.items():
         for p in points:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from bivl.evaluators import features
+from bivl.core.errors import UserError
+from bivl.evaluators import features, floors
 from bivl.evaluators.curves import COLOURS, DPI, FAINT, INK, render
 from bivl.evaluators.knn import CELLS
 from bivl.evaluators.pictures import raw_image
@@ -25,17 +26,22 @@ def make(predict, splits, config=None):
     """Recall of predict["image_embeddings"] and predict["text_embeddings"], both [B, E] of unit
     length, as `run(params, extras) -> dict`.
 
-    Setting: `recall_at` (1, 5, 10). Results, over the images and texts of the test split:
-    `retrieval/image_to_text_recall_at_K`, `retrieval/text_to_image_recall_at_K`, the mean of all
-    these `retrieval/mean_recall`, `retrieval/chance_at_K`, what the mean of both directions is in
-    random order, `retrieval/image_to_text_median_rank` and `retrieval/text_to_image_median_rank`
+    Settings: `recall_at` (1, 5, 10), `floor` False. Results, over the images and texts of the test
+    split: `retrieval/image_to_text_recall_at_K`, `retrieval/text_to_image_recall_at_K`, the mean of
+    all these `retrieval/mean_recall`, `retrieval/chance_at_K`, what the mean of both directions is
+    in random order, `retrieval/image_to_text_median_rank` and `retrieval/text_to_image_median_rank`
     (1 is best), and `pictures/retrieval`, a few answers of each direction (process 0 alone).
+    With `floor`, process 0 alone gives all but chance again as `retrieval/floor_...`: what ridge
+    regression from the pixels to the words of eval_data.train finds (evaluators/floors.py).
     Equal similarities count against the model. Raises UserError for an objective without these
     predictions, an empty split and settings that are no positive numbers.
     """
-    options = features.settings(config, "retrieval", recall_at=(1, 5, 10))
+    options = features.settings(config, "retrieval", recall_at=(1, 5, 10), floor=False)
     recall_at = features.numbers(options["recall_at"], "config.eval.retrieval.recall_at")
     features.require(predict, "retrieval", "image_embeddings", "text_embeddings")
+    if options["floor"] and not splits.record:
+        raise UserError("config.eval.retrieval.floor needs records, here are none; set it to False")
+    floor = {}  # the data do not change between calls: measured once
 
     def run(params, extras):
         images, texts = (
@@ -43,16 +49,15 @@ def make(predict, splits, config=None):
             for name in ("image", "text")
         )
         first, owner = distinct(images.ids)
-        places, ours = np.arange(len(first)), images.features[first]
-        found = {
-            "image_to_text": ranks(ours, texts.features, places, owner),
-            "text_to_image": ranks(texts.features, ours, owner, places),
-        }
-        result = summary(found, np.bincount(owner), recall_at)
+        ours, captions = images.features[first], np.bincount(owner)
+        result = summary(both_ways(ours, texts.features, owner), captions, recall_at)
         if splits.record and jax.process_index() == 0:
             rows = images.rows[first], texts.rows
+            if options["floor"] and not floor:
+                found = both_ways(*floors.embed(splits.record, *rows), owner)
+                floor.update(summary(found, captions, recall_at, "floor_"))
             picture = _gallery(splits.record, rows, ours, texts.features, owner)
-            result["pictures/retrieval"] = picture
+            result |= floor | {"pictures/retrieval": picture}
         return result
 
     return run
@@ -66,16 +71,28 @@ def distinct(ids):
     return first[order], np.argsort(order)[owner]
 
 
-def summary(found, captions, recall_at) -> dict[str, float]:
-    """The numbers that `make` lists, from ranks by direction and the texts of each image [M]."""
+def both_ways(images, texts, owner) -> dict[str, np.ndarray]:
+    """`ranks` by direction of images [M, E] and texts [N, E]; owner [N]: each text's image."""
+    places = np.arange(len(images))
+    return {
+        "image_to_text": ranks(images, texts, places, owner),
+        "text_to_image": ranks(texts, images, owner, places),
+    }
+
+
+def summary(found, captions, recall_at, prefix="") -> dict[str, float]:
+    """The numbers that `make` lists, from ranks by direction and the texts of each image [M].
+
+    With a prefix their names begin with it and chance, which is everyone's, is left out.
+    """
     result, recalls = {}, []
     for direction, rank in found.items():
         for k in recall_at:
             recalls.append(float(np.mean(rank < k)))
-            result[f"retrieval/{direction}_recall_at_{k}"] = recalls[-1]
-        result[f"retrieval/{direction}_median_rank"] = float(np.median(rank) + 1)
-    result["retrieval/mean_recall"] = float(np.mean(recalls))
-    for k in recall_at:
+            result[f"retrieval/{prefix}{direction}_recall_at_{k}"] = recalls[-1]
+        result[f"retrieval/{prefix}{direction}_median_rank"] = float(np.median(rank) + 1)
+    result[f"retrieval/{prefix}mean_recall"] = float(np.mean(recalls))
+    for k in () if prefix else recall_at:
         text_chance = np.mean([chance(count, captions.sum(), k) for count in captions])
         image_chance = chance(1, len(captions), k)
         result[f"retrieval/chance_at_{k}"] = float(text_chance + image_chance) / 2
@@ -169,7 +186,7 @@ def draw_answers(image_answers, text_answers):
     """
     lines = max(len(image_answers), len(text_answers))
     figure = Figure(figsize=(14.5, 1.6 * lines + 0.8), dpi=DPI)
-    figure.set_layout_engine("constrained", w_pad=0.05, h_pad=0.05, wspace=0, hspace=0)
+    figure.set_layout_engine("constrained", w_pad=0.05, h_pad=0.12, wspace=0, hspace=0)
     left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(1, 1.1)))
     left.suptitle("Images and their nearest texts", fontsize=11, color=INK)
     right.suptitle("Texts and their nearest images", fontsize=11, color=INK)
@@ -184,7 +201,8 @@ def draw_answers(image_answers, text_answers):
     for axes, (text, images) in zip(grid, text_answers, strict=False):
         for axis, (image, correct) in zip(axes, images, strict=False):
             _tile(axis, image, RIGHT if correct else WRONG, 2.5)
-        _write(axes[0].set_title, _short(text), color=INK, loc="left", fontsize=9)
+        # A text is as wide as several images and must not widen the first one's column.
+        _write(axes[0].set_title, _short(text), color=INK, loc="left", fontsize=9, in_layout=False)
     _blank(grid)
     return render(figure)
 

@@ -3,9 +3,10 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import sparse
 
-from bivl.core.errors import GuardStop, UserError
-from bivl.evaluators import features, retrieval
+from bivl.core.errors import GuardStop, Undecodable, UserError
+from bivl.evaluators import features, floors, retrieval
 
 
 @pytest.fixture
@@ -200,6 +201,113 @@ def test_rows_that_cannot_be_decoded_keep_the_numbers_of_the_others(towers):
     assert set(shown) <= set(range(12)) - {0, 7}
 
 
+COLOURS = [f"{r} {g} {b}".split() for r in ("dark", "red") for g in ("low", "green") for b in "xy"]
+
+
+def coloured(places, shuffle=None):
+    """Records of one colour each, named by their texts: a number of 0..7 is its three bits. Of the
+    training split every record is there twice, with the noun `thing`, and the last is broken."""
+    places = {"train": np.tile(np.arange(8), 2), "test": np.asarray(places)}
+    named = places if shuffle is None else places | {"train": shuffle}
+
+    def record(split, row):
+        if split == "train" and row == 16:
+            raise Undecodable("nothing here")
+        place, name = int(places[split][row]), int(named[split][row])
+        bits = [place >> 2 & 1, place >> 1 & 1, place & 1]
+        image = np.tile(np.uint8(bits) * 200, (30, 30, 1))
+        return {"image": image, "text": " ".join(["A Thing:", *COLOURS[name]]), "id": row}
+
+    return record
+
+
+def floor_of(found):
+    return {name: value for name, value in found.items() if "/floor_" in name}
+
+
+def test_the_floor_knows_what_pixels_say(towers):
+    data, calls = draw([1] * 8, signal=0.0), []
+    known = coloured(np.random.default_rng(1).permutation(8))
+
+    def record(split, row):
+        calls.append(split)
+        return known(split, row)
+
+    splits = splits_of(data, record=record)
+    run = retrieval.make(towers, splits, {"recall_at": (1, 3), "floor": True})
+    found, asked = run(jnp.float32(1), None), calls.count("train")
+    floor = floor_of(found)
+    assert len(floor) == 7 and set(floor.values()) == {1.0}
+    assert found["retrieval/mean_recall"] < 1
+    assert floor_of(run(jnp.float32(1) * 1, None)) == floor and calls.count("train") == asked
+    plain = retrieval.make(towers, splits, {"recall_at": (1, 3)})(jnp.float32(1), None)
+    assert plain.keys() | floor.keys() == found.keys() and not floor_of(plain)
+
+
+def test_the_floor_of_unrelated_words_is_chance():
+    rng, rows, recalls = np.random.default_rng(0), np.arange(8), []
+    for _ in range(40):
+        record = coloured(rows, np.tile(rng.permutation(8), 2))
+        found = retrieval.both_ways(*floors.embed(record, rows, rows), rows)
+        recalls.append([np.mean(rank < 1) for rank in found.values()])
+    assert np.all(np.abs(np.mean(recalls, axis=0) - 1 / 8) < 0.07)
+
+
+def test_equal_pixels_and_words_find_nothing():
+    record, rows = coloured([3] * 37), np.arange(37)
+    for rank in retrieval.both_ways(*floors.embed(record, rows, rows), rows).values():
+        np.testing.assert_array_equal(rank, 36)
+
+
+def test_rows_of_one_image_are_one_example_of_the_floor():
+    def record(split, row):
+        assert split == "train"
+        if row == 6:
+            raise IndexError
+        return {
+            "image": np.full((24, 24, 3), 51 * (row % 4), np.uint8),
+            "text": f"Row {row}",
+            "id": row % 3,
+        }
+
+    pixels, texts = floors.examples(record)
+    np.testing.assert_allclose(pixels[:, 0], [0, 0.2, 0.4])
+    assert pixels.shape == (3, 24 * 24 * 3)
+    assert texts == ["Row 0 Row 3", "Row 1 Row 4", "Row 2 Row 5"]
+
+
+def test_bags_weigh_words_by_how_rare_they_are():
+    texts = ["a cat, a CAT", "a dog", "a dog runs", ""]
+    weights = floors.word_weights(texts)
+    expected = {"a": np.log(4 / 3), "cat": np.log(4), "dog": np.log(2), "runs": np.log(4)}
+    assert weights == pytest.approx(expected)
+    found = floors.bags(["cat a cat zebra", "zebra", ""], weights).toarray()
+    row = np.array([weights["a"] * (n == "a") + 2 * weights["cat"] * (n == "cat") for n in weights])
+    np.testing.assert_allclose(found, [row / np.linalg.norm(row), 0 * row, 0 * row])
+
+
+@pytest.mark.parametrize("shape", [(9, 20), (20, 6)])
+def test_leaving_one_out_in_closed_form(shape):
+    rng = np.random.default_rng(3)
+    x, bags = rng.normal(size=shape), np.abs(rng.normal(size=(shape[0], 5)))
+    bags[:, 0] += x[:, 0]
+    x -= x.mean(axis=0)
+    basis, power = floors.principal(x)
+    assert basis.shape == (shape[1], min(shape[0] - 1, shape[1]))
+    np.testing.assert_allclose(x @ basis @ basis.T, x, atol=1e-12)
+    penalties = (0.1, 3.0, 100.0)
+    found = floors.leave_one_out(x @ basis, power, sparse.csr_array(bags), penalties)
+    for penalty, value in zip(penalties, found, strict=True):
+        places = []
+        for row in range(len(x)):
+            others, theirs = np.delete(x, row, 0), np.delete(bags, row, 0)
+            gram = others.T @ others + penalty * np.eye(shape[1])
+            near = bags @ (x[row] @ np.linalg.solve(gram, others.T @ theirs))
+            places.append(1 + np.sum(near > near[row]))
+        assert value == pytest.approx(np.mean(np.log(places)))
+    assert len(set(found)) > 1
+
+
 def test_what_cannot_be_scored_is_refused(towers):
     splits = splits_of(draw([1] * 4))
     for name in towers:
@@ -214,3 +322,12 @@ def test_what_cannot_be_scored_is_refused(towers):
         retrieval.make(towers, splits)(jnp.float32(np.nan), None)
     with pytest.raises(UserError, match="eval_data.test has no examples"):
         retrieval.make(towers, features.Splits(lambda split: iter(()), None))(jnp.ones(()), None)
+    with pytest.raises(UserError, match="config.eval.retrieval.floor needs records"):
+        retrieval.make(towers, splits, {"floor": True})
+
+    def empty(split, row):
+        raise Undecodable("nothing here") if row < 9 else IndexError
+
+    run = retrieval.make(towers, splits_of(draw([1] * 4), record=empty), {"floor": True})
+    with pytest.raises(UserError, match="finds no images with texts in eval_data.train; check"):
+        run(jnp.float32(1), None)
