@@ -86,10 +86,7 @@ def make_splits(config, objective, mesh, needs) -> Splits:
         with contextlib.closing(
             mixture.train_batches(config, objective, lambda size: range(size), **options)
         ) as stream:
-            batch, _ = next(stream)
-        if "kind" in config.data:
-            return batch
-        return next((part for part in batch.values() if "image" in part), {})
+            return next(stream)[0]
 
     def masked(split):
         options = {"seed": config.seed, "batch_size": size, "start": 0}
@@ -104,7 +101,11 @@ def make_splits(config, objective, mesh, needs) -> Splits:
         found = opened[split][row]
         return found | objective.eval_ops(found)
 
-    return Splits(batches, opened["train"].classes, examples, masked, texts, record)
+    mixed = mixture.parts(config) is not None  # whose masks are those of several streams
+    options = {"texts": texts, "record": record, "masked": None if mixed else masked}
+    if "image_mean" in config:
+        options["normalization"] = config.image_mean, config.image_std
+    return Splits(batches, opened["train"].classes, examples, **options)
 
 
 def make_predict(objective, mesh) -> dict:

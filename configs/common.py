@@ -50,11 +50,12 @@ def base() -> ConfigDict:
                 "linear": {"max_iterations": 200, "l2": tuple(10.0**-i for i in range(-1, 8))},
                 "fewshot": {"shots": (1, 5, 10, 25), "seeds": 3, "ridge": 1024.0},
                 "pictures": {"num_images": 8},
+                "cross_attention": {"num_pairs": 6, "num_words": 6},
                 "accuracy": {},
                 "glue": {"task": ""},
                 "cloze": {"positions": 20_000, "max_iterations": 50},
                 "wer": {"decoder": "greedy", "width": 32, "lm": "", "alpha": 0.5, "beta": 1.0},
-                "retrieval": {"recall_at": (1, 5, 10)},
+                "retrieval": {"recall_at": (1, 5, 10), "floor": False},
                 "zeroshot": {"templates": ("a photo of a {}.",)},
             },
             "optimizer": {

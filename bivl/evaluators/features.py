@@ -28,13 +28,15 @@ class Splits:
         padding of the last batch). `label` is absent where the set has none.
     classes: the labels' names, or None where the set does not name them.
     examples: count -> that many training examples as the objective sees them (numpy, augmented,
-        with `mask` where it masks), or None where there are none to show.
+        with `mask` where it masks), of a mixture {part: these}, or None where there are none to
+        show.
     masked: "train" or "test" -> endless GLOBAL batches of device arrays as the objective trains on
         them, the same at every call.
     texts: strings -> one pass in order over GLOBAL batches of them as the model takes texts, with
         numpy `id` [B] (their running numbers) and `mask` [B] as in `batches`, or None.
     record: "train" or "test", a row of `Features.rows` -> the record itself (its `text` a string)
         with the model's numpy inputs in the place of its own (`image` uint8 [S, S, 3]), or None.
+    normalization: (mean, std) of float images, or None for ImageNet's.
     memory: the newest features of each split (see `extract`); leave it alone.
     """
 
@@ -44,6 +46,7 @@ class Splits:
     masked: Callable[[str], Iterator[dict[str, Any]]] | None = None
     texts: Callable[[Sequence[str]], Iterator[dict[str, Any]]] | None = None
     record: Callable[[str, int], dict[str, Any]] | None = None
+    normalization: tuple | None = None
     memory: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict, repr=False)
 
 

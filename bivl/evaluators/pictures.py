@@ -4,6 +4,8 @@ Everything is drawn without matplotlib's global state, so it works in any thread
 leaves a notebook's figures alone. A picture is a uint8 RGB array [height, width, 3].
 """
 
+from collections.abc import Mapping
+
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
@@ -41,9 +43,9 @@ def make(predict, splits, config=None):
         shown = _first(predict, splits, num_images, params, extras)
         images, names = shown["image"], shown["names"]
         grid = patch_grid(shown)
-        result = {}
-        if splits.examples:
-            result["pictures/masks"] = draw_masks(*_training_masks(splits, num_images))
+        result, masked = {}, _training_masks(splits, num_images)
+        if masked:
+            result["pictures/masks"] = draw_masks(masked)
         if "targets" in shown:
             maps = shown["targets"].reshape(len(images), *grid, -1)
             result["pictures/targets"] = draw_targets(images, maps, names)
@@ -65,7 +67,7 @@ def _first(predict, splits, count, params, extras):
             )
         mask = np.asarray(batch["mask"], bool)
         inputs = features.model_inputs(batch)
-        parts["image"].append(raw_image(to_host(inputs["image"])[mask]))
+        parts["image"].append(raw_image(to_host(inputs["image"])[mask], splits.normalization))
         for name in FIELDS:
             if name in predict:
                 values = to_host(predict[name](params, extras, inputs))[mask]
@@ -86,11 +88,13 @@ def _name(label, classes):
     return classes[label] if classes and label < len(classes) else f"class {label}"
 
 
-def raw_image(images):
-    """Images uint8 (raw) or float (normalised by ImageNet's mean and deviation) -> float 0..1."""
+def raw_image(images, normalization=None):
+    """Images uint8 (raw) or float -> float 0..1; of floats `normalization`, (mean, std), is undone,
+    by default ImageNet's."""
     if images.dtype == np.uint8:
         return images.astype(np.float32) / 255
-    return np.clip(images.astype(np.float32) * IMAGENET_STD + IMAGENET_MEAN, 0, 1)
+    mean, std = normalization or (IMAGENET_MEAN, IMAGENET_STD)
+    return np.clip(images.astype(np.float32) * np.float32(std) + np.float32(mean), 0, 1)
 
 
 def patch_grid(shown):
@@ -115,22 +119,32 @@ def _grid_of(length, height, width):
 
 
 def _training_masks(splits, count):
-    """The first training images (float [N, H, W, 3] in 0..1) and their masks, bool [N, h, w].
+    """{part: (images, masks)} of the first training examples, float [N, H, W, 3] in 0..1 and bool
+    [N, h, w]; the only part of a plain set is "".
 
-    Of M masks an image the first is shown.
+    Of M masks an image the first is shown. Parts without images or masks are left out.
     """
-    examples = splits.examples(count)
-    images, hidden = raw_image(examples["image"]), examples["mask"]
-    hidden = hidden[:, 0] if hidden.ndim == 3 else hidden
-    height, width = images.shape[1:3]
-    return images, hidden.reshape(len(images), *_grid_of(hidden.shape[1], height, width))
+    examples = splits.examples(count) if splits.examples else {}
+    parts = examples if any(isinstance(x, Mapping) for x in examples.values()) else {"": examples}
+    found = {}
+    for name, part in parts.items():
+        if "image" in part and "mask" in part:
+            images, hidden = raw_image(part["image"], splits.normalization), part["mask"]
+            hidden = hidden[:, 0] if hidden.ndim == 3 else hidden
+            grid = _grid_of(hidden.shape[1], *images.shape[1:3])
+            found[name] = images, hidden.reshape(len(images), *grid)
+    return found
 
 
-def draw_masks(images, hidden):
-    """images [N, H, W, 3] in 0..1 and hidden bool [N, h, w] -> picture."""
-    seen = np.where(_enlarge(hidden[..., None], images.shape[1:3]), HIDDEN, images)
-    title = f"Training images, {hidden.mean():.0%} of {hidden[0].size} patches hidden"
-    return _sheet({"image": images, "masked": seen}, title, None)
+def draw_masks(parts):
+    """{part: (images [N, H, W, 3] in 0..1, hidden bool [N, h, w])} -> picture."""
+    rows, shares = {}, []
+    for name, (images, hidden) in parts.items():
+        seen = np.where(_enlarge(hidden[..., None], images.shape[1:3]), HIDDEN, images)
+        rows |= {name or "image": images, f"{name} masked".strip(): seen}
+        shares.append(f"{hidden.mean():.0%} of {hidden[0].size} patches")
+        shares[-1] += f" in {name}" if name else ""
+    return _sheet(rows, f"Training images; hidden are {', '.join(shares)}", None)
 
 
 def draw_targets(images, maps, names=None):
@@ -164,20 +178,31 @@ def draw_attention(images, attention, names=None):
 
     Each map is scaled to its own maximum: bright = looked at most, within one tile.
     """
-    rows = {"image": images, "mean": _overlay(images, attention.mean(axis=1))}
+    rows = {"image": images, "mean": overlay(images, attention.mean(axis=1))}
     for head in range(min(attention.shape[1], MOST_HEADS)):
-        rows[f"head {head + 1}"] = _overlay(images, attention[:, head])
+        rows[f"head {head + 1}"] = overlay(images, attention[:, head])
     return _sheet(rows, "Attention of the CLS token in the last block", names)
 
 
-def _overlay(images, maps):
-    """The image in dim grey, under a heat map that is the more opaque the more attention."""
+def overlay(images, maps, top=None):
+    """images [N, H, W, 3] under heat maps [N, h, w], in dim grey, the less to be seen the more
+    attention; `top`: what is brightest, by default each map's own maximum."""
+    top = maps.max(axis=(1, 2), keepdims=True) if top is None else top
+    heat = _enlarge((maps / np.maximum(top, 1e-12))[..., None], images.shape[1:3])[..., 0]
+    return _blend(images, matplotlib.colormaps["inferno"](heat), 0.25 + 0.7 * heat)
+
+
+def signed_overlay(images, maps, top):
+    """images [N, H, W, 3] under maps [N, h, w] of differences: red above 0, blue below, plain at 0;
+    what is `top` from 0 is strongest."""
+    value = _enlarge((maps / np.maximum(top, 1e-12))[..., None], images.shape[1:3])[..., 0]
+    return _blend(images, matplotlib.colormaps["coolwarm"](0.5 + 0.5 * value), 0.9 * np.abs(value))
+
+
+def _blend(images, colours, alpha):
     grey = np.repeat(images.mean(axis=-1, keepdims=True), 3, axis=-1)
-    heat = maps / np.maximum(maps.max(axis=(1, 2), keepdims=True), 1e-12)
-    heat = _enlarge(heat[..., None], images.shape[1:3])
-    colour = matplotlib.colormaps["inferno"](heat[..., 0])[..., :3]
-    alpha = 0.25 + 0.7 * heat
-    return (1 - alpha) * (0.05 + 0.6 * grey) + alpha * colour
+    alpha = alpha[..., None]
+    return (1 - alpha) * (0.05 + 0.6 * grey) + alpha * colours[..., :3]
 
 
 def _enlarge(maps, size):

@@ -72,6 +72,10 @@ def test_normalised_images_are_taken_back():
     normalised = (raw - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
     np.testing.assert_allclose(pictures.raw_image(normalised), raw, atol=1e-6)
     np.testing.assert_allclose(pictures.raw_image(np.full((1, 1, 1, 3), 51, np.uint8)), 0.2)
+    predict, splits = drawn(2 * raw[:, :, [0, 1, 2, 3, 2, 1]] - 1)  # of 2x3 patches
+    splits.normalization = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    shown = pictures._first(predict, splits, 2, {}, {})["image"]
+    np.testing.assert_allclose(shown[:, :, :4], raw, atol=1e-6)
 
 
 def test_enlarged_patches_cover_their_pixels():
@@ -105,10 +109,29 @@ def test_masks_are_those_of_training():
     mask[:, 0, 4] = True
     image = np.full((2, 16, 24, 3), 255, np.uint8)
     splits = features.Splits(iter, None, lambda count: {"image": image, "mask": mask})
-    images, hidden = pictures._training_masks(splits, 2)
-    assert images.shape == (2, 16, 24, 3) and images.max() == 1
+    [(name, (images, hidden))] = pictures._training_masks(splits, 2).items()
+    assert name == "" and images.shape == (2, 16, 24, 3) and images.max() == 1
     np.testing.assert_array_equal(hidden[0], [[False, False, False], [False, True, False]])
-    assert is_picture(pictures.draw_masks(images, hidden))
+    assert is_picture(pictures.draw_masks({"": (images, hidden)}))
+
+
+def test_every_part_of_a_mixture_with_images_shows_its_masks():
+    rng = np.random.default_rng(3)
+    images = rng.integers(0, 255, (2, 2, 16, 24, 3)).astype(np.uint8)
+    masks = rng.random((2, 2, 6)) < 0.5
+    examples = {"images": {"image": images[0], "mask": masks[0]}, "texts": {"tokens": 0}}
+    examples["pairs"] = {"image": images[1], "mask": masks[1], "tokens": 0}
+    splits = features.Splits(iter, None, lambda count: examples)
+    found = pictures._training_masks(splits, 2)
+    assert list(found) == ["images", "pairs"]
+    for part, (shown, hidden) in zip(("images", "pairs"), found.values(), strict=True):
+        np.testing.assert_allclose(shown * 255, examples[part]["image"], atol=1e-4)
+        np.testing.assert_array_equal(hidden.reshape(2, 6), examples[part]["mask"])
+    both, one = pictures.draw_masks(found), pictures.draw_masks({"": found["images"]})
+    assert is_picture(both) and both.shape[0] > 1.7 * one.shape[0]
+    predict, splits = drawn(images[0])
+    splits.examples = lambda count: {"texts": {"tokens": 0}}
+    assert "pictures/masks" not in pictures.make(predict, splits)({}, {})
 
 
 def test_no_images_are_refused():
@@ -162,6 +185,6 @@ def test_open_figures_of_a_notebook_are_left_alone():
 
     before = pyplot.get_fignums()
     settings = dict(matplotlib.rcParams)
-    pictures.draw_masks(np.zeros((1, 4, 4, 3)), np.eye(2, dtype=bool)[None])
+    pictures.draw_masks({"": (np.zeros((1, 4, 4, 3)), np.eye(2, dtype=bool)[None])})
     assert pyplot.get_fignums() == before
     assert dict(matplotlib.rcParams) == settings
