@@ -16,8 +16,8 @@ makes of the whole input:
             a small decoder fills in the rest (data2vec 2.0).
   beside    token_weights: BEiT-3's cross-entropies at the same places, of words with no tokenizer
             but the text's own, of patches with a visual tokenizer (`teacher`, as in mdm).
-            contrast.weight: InfoNCE of the pairs' images and texts, each alone, masked as they are
-            drawn: what joins the two spaces where no stream does.
+            contrast.weight: InfoNCE of the pairs' images and texts, each alone, of those modalities
+            masked that contrast.masked names: what joins the two spaces where no stream does.
 
 The defaults of the configs are first choices: no ablation has settled them yet.
 """
@@ -78,7 +78,9 @@ def make(config) -> Objective:
         value += sum(config.token_weights[name] * terms[name] for name in terms)
         metrics |= found
         if contrast:
-            term, found = _contrast(student, params, batch["pairs"], config, keys[1])
+            images, texts = contrastive.vectors(student, params, batch["pairs"], config, keys[1])
+            scale = params["heads"]["logit_scale"]["value"]
+            term, found = contrastive.info_nce(images, texts, scale)
             value += contrast * term
             metrics |= found | {"contrast_loss": term}
         return value, {"weight": jnp.float32(1), "metrics": metrics | targets["metrics"]}
@@ -193,18 +195,3 @@ def regression_losses(model, params, places, values, totals, config):
         each = [metrics[f"{kind}/{name}"] for name in places]
         metrics[kind] = jnp.stack(each).min()
     return losses, metrics
-
-
-def _contrast(model, params, pairs, config, key):
-    vectors = []
-    for inputs in ({"image": 0, "mask": 0, "keep": 0}, {"tokens": 0, "inputs": 0}):
-        only = {name: pairs[name] for name in inputs if name in pairs}
-        masked = config.contrast.masked
-        if masked and "keep" in only:
-            only |= {name: only[name][:, :1] for name in ("mask", "keep")}
-        options = {"rngs": {"dropout": key}, "method": "embeddings"}
-        vectors.append(
-            model.apply({"params": params}, only, config.contrast.pool, masked, False, **options)
-        )
-    images, texts = vectors
-    return contrastive.info_nce(images, texts, params["heads"]["logit_scale"]["value"])

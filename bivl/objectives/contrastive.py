@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from bivl.core.config import choice
 from bivl.core.errors import UserError
 from bivl.core.objective import Objective
-from bivl.modalities import image, image_text
+from bivl.modalities import image_text
 from bivl.models.image_text import HeadsConfig
 from bivl.models.multiway import MultiwayConfig
 from bivl.objectives import streams
 
 POOLS = ("first", "mean")
+FIELDS = {"image": ("image", "mask", "keep"), "text": ("tokens", "inputs")}
 
 
 def info_nce(images, texts, log_scale):
@@ -34,9 +35,26 @@ def info_nce(images, texts, log_scale):
     return loss, metrics
 
 
+def vectors(model, params, pairs, config, key):
+    """Unit vectors [B, E] of the images alone and of the texts alone, of those modalities masked
+    that `contrast.masked` names; of the clones of an image the first is seen."""
+    found = []
+    for (modality, names), each in zip(FIELDS.items(), jax.random.split(key), strict=True):
+        only = {name: pairs[name] for name in names if name in pairs}
+        masked = modality in config.contrast.masked
+        if "keep" in only:
+            only |= {name: only[name][:, :1] for name in ("mask", "keep")}
+        options = {"rngs": {"dropout": each}, "method": "embeddings"}
+        call = (only, config.contrast.pool, masked, False)
+        found.append(model.apply({"params": params}, *call, **options))
+    return found
+
+
 def check(config) -> None:
     """UserError for what contrast cannot be computed with."""
     choice("contrast.pool", config.contrast.pool, POOLS)
+    for modality in config.contrast.masked:
+        choice("contrast.masked", modality, tuple(FIELDS))
     if config.contrast.width < 1:
         raise UserError(f"config.contrast.width={config.contrast.width} must be at least 1")
     if config.optimizer.accumulate > 1:
@@ -49,18 +67,17 @@ def check(config) -> None:
 def make(config) -> Objective:
     """Reads `data` (pairs), `image_size model pair augment contrast.{width, pool, masked} dtype`.
 
-    contrast.masked: images and texts are contrasted masked as in pre-training, so that few pairs
-    are not learnt by heart (FLIP masks images to go faster, arXiv 2212.00794).
+    contrast.masked: the modalities that are contrasted masked as in pre-training (pair.mask_ratio,
+    mask_ratio), so that few pairs are not learnt by heart (FLIP masks images to go faster, arXiv
+    2212.00794).
     """
     choice("modality", config.modality, ("image_text",))
     check(config)
     grid, encoder = image_text.grid(config), MultiwayConfig.of(config.model, config.dtype)
     embed = image_text.make_embed(config, config.dtype)
-    heading, pool = HeadsConfig(contrast=config.contrast.width), config.contrast.pool
+    heading = HeadsConfig(contrast=config.contrast.width)
     model = streams.ImageText(embed, encoder, heading, grid)
     B, masked = config.batch_size, config.contrast.masked
-    if masked and not image.keeps_all(config):
-        raise UserError("config.contrast.masked needs masking.kind='block'; use that or False")
     spec = image_text.spec(config, {"pairs": B})["pairs"]
     if not masked:
         spec = {name: spec[name] for name in ("image", "tokens")}
@@ -72,30 +89,21 @@ def make(config) -> Objective:
 
     def loss(params, extras, batch, targets, key):
         del extras, targets
-        vectors = {}
-        keys = jax.random.split(key)
-        for names, key in zip((("image", "mask"), ("tokens", "inputs")), keys, strict=True):
-            only = {name: batch[name] for name in names if name in batch}
-            options = {"rngs": {"dropout": key}, "method": "embeddings"}
-            vectors[names[0]] = model.apply(
-                {"params": params}, only, pool, masked, False, **options
-            )
-        scale = params["heads"]["logit_scale"]["value"]
-        value, metrics = info_nce(vectors["image"], vectors["tokens"], scale)
+        images, texts = vectors(model, params, batch, config, key)
+        value, metrics = info_nce(images, texts, params["heads"]["logit_scale"]["value"])
         return value, {"weight": jnp.float32(B), "metrics": metrics}
 
     def update(teacher, extras, params, aux, step):
         return teacher, extras, {}
 
-    predict = streams.predictions(model, config, pool)
+    predict = streams.predictions(model, config, config.contrast.pool)
 
     def logits(params, extras, batch):
         """Scaled similarities [images, texts]."""
         scale = jnp.exp(params["heads"]["logit_scale"]["value"])
-        vectors = (
+        images, texts = (
             predict[f"{name}_embeddings"](params, extras, batch) for name in ("image", "text")
         )
-        images, texts = vectors
         return scale * images @ texts.T
 
     ops = train_ops, image_text.eval_ops(config), image_text.preprocess(config)

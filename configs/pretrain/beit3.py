@@ -13,7 +13,8 @@ size=base    768 x 12, patch 16; ImageNet 85.4, VQAv2 77.7, NLVR2 84.4. Their nu
              learning rates are not published; these are Magneto's for such data (arXiv 2210.06423,
              section 7: batch 12,288, 300,000 updates, rate 2e-3).
 size=small   384 x 12, one GPU or TPU chip; no published score.
-size=tiny    128 x 4 on 64 px emoji, their names and `pydoc`: minutes on two CPU cores.
+size=tiny    128 x 4 on 48 px emoji, their keywords and `pydoc`, or scenes
+             (data=scenes): minutes on two CPU cores.
 smoke        20 updates of `tiny` with a tokenizer that has learned nothing.
 
 The tokenizer is a checkpoint of configs/pretrain/vqkd.py. Pre-training code was never published;
@@ -29,7 +30,7 @@ from configs import common
 
 SIZES = {
     # size: width, depth, heads, mlp, patch, batch, updates, learning rate
-    "tiny": (128, 4, 4, 512, 8, 96, 2000, 1e-3),
+    "tiny": (128, 4, 4, 512, 8, 192, 300, 1e-3),
     "small": (384, 12, 6, 1536, 16, 768, 300_000, 1e-3),
     "base": (768, 12, 12, 3072, 16, 12_288, 300_000, 2e-3),
     "large": (1024, 24, 16, 4096, 16, 12_288, 300_000, 1e-3),
@@ -38,8 +39,8 @@ SIZES = {
 
 
 def get_config(text=None):
-    """Options: size=tiny|small|base|large|giant, smoke."""
-    chosen = common.options(text, {"size": "base", "smoke": False})
+    """Options: size=tiny|small|base|large|giant, smoke; of tiny data=emoji|scenes."""
+    chosen = common.options(text, {"size": "base", "data": "emoji", "smoke": False})
     if chosen["size"] not in SIZES:
         raise ValueError(f"size={chosen['size']} is unknown; use one of {sorted(SIZES)}")
     size = "tiny" if chosen["smoke"] else chosen["size"]
@@ -108,7 +109,7 @@ def get_config(text=None):
         }
     )
     if size == "tiny":
-        tiny(c)
+        tiny(c, chosen["data"])
     else:
         c.checkpoint.every = 5000
     if chosen["smoke"]:
@@ -116,23 +117,39 @@ def get_config(text=None):
     return c
 
 
-def tiny(c):
-    """64 px emoji with their keywords, alone and as pairs, and `pydoc`."""
-    c.image_size, c.augment.color_jitter = 64, (0.0, 0.0, 0.0)
-    emoji = {"kind": "emoji", "fields": {"text": "keywords"}}
+def tiny(c, data):
+    """48 px emoji with the words of their keywords, alone and as pairs, and `pydoc`; or scenes.
+
+    Crops are larger than the published ones and hardly skewed: emoji are drawn to a template, and
+    little of one is left in its fifth.
+    """
+    if data not in ("emoji", "scenes"):
+        raise ValueError(f"data={data} is unknown; use emoji or scenes")
+    c.image_size, c.augment.color_jitter = 48, (0.0, 0.0, 0.0)
+    c.augment.scale, c.augment.ratio, c.pair.scale = (0.6, 1.0), (0.9, 1.11), (0.9, 1.0)
+    c.text.length, c.text.break_mode, c.pair.length = 48, "none", 24
+    texts = {"text": "words"}
+    pairs, train, test = ({"kind": "emoji", "fields": texts} for _ in range(3))
+    test["split"] = "test"
+    if data == "scenes":
+        # Captions tell left from right and name every thing in the picture.
+        c.augment.flip, c.pair.scale, c.pair.length = False, (1.0, 1.0), 44
+        pairs, train, test = (
+            {"kind": "scenes", "image_size": 48, "num_examples": count, "split": split}
+            for count, split in ((20_000, "train"), (2000, "train"), (400, "test"))
+        )
     c.data = {
-        "images": common.data(kind="emoji", weight=1),
+        "images": common.data(**pairs, weight=1),
         "texts": common.data(kind="pydoc", weight=1),
-        "pairs": common.data(**emoji, weight=1),
+        "pairs": common.data(**pairs, weight=2),
     }
-    c.eval_data.train = common.data(**emoji)
-    c.eval_data.test = common.data(**emoji, split="test")
+    c.eval_data = {"train": common.data(**train), "test": common.data(**test)}
     c.tokenizer.kind = "small_xlmr"
     c.masking.min_block, c.mask_ratio = 4, 0.4
-    c.text.length, c.text.break_mode, c.pair.length = 64, "none", 32
-    c.model.update({"text_rows": 130, "vocabulary": 0, "drop_path": 0.0})
+    c.model.update({"text_rows": 130, "vocabulary": 0, "drop_path": 0.0, "layer_scale": 0.1})
     c.evaluators = ("knn", "linear", "retrieval")
-    c.log_every, c.checkpoint.every, c.optimizer.warmup_steps = 10, 500, 100
+    c.eval.retrieval.floor = True
+    c.log_every, c.checkpoint.every, c.optimizer.warmup_steps = 10, 500, 30
 
 
 def smoke(c):
@@ -141,8 +158,10 @@ def smoke(c):
     for part in (c.data.images, c.data.pairs, c.eval_data.train, c.eval_data.test):
         part.update({"kind": "synthetic", "image_size": 64, "num_examples": 256})
         part.fields.text = ""
-    c.eval_data.test.num_examples = 64
-    c.checkpoint.every, c.evaluators, c.loader.threads = 10, ("knn",), 2
+    c.eval_data.test.num_examples, c.eval.retrieval.floor = 64, False
+    c.data.pairs.weight, c.checkpoint.every, c.evaluators, c.loader.threads = 1, 10, ("knn",), 2
     from configs.pretrain import vqkd
 
-    c.teacher.random, c.teacher.config = True, vqkd.get_config("smoke").to_dict()
+    tokenizer = vqkd.get_config("smoke")
+    tokenizer.image_size = tokenizer.teacher.config.image_size = c.image_size
+    c.teacher.random, c.teacher.config = True, tokenizer.to_dict()

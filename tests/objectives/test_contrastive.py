@@ -146,7 +146,8 @@ def test_a_pretrained_encoder_fits():
 def test_the_shipped_config_tunes_every_size():
     for size in ("tiny", "base", "large", "giant"):
         c = configs.load(f"configs/finetune/contrastive.py:size={size}")
-        assert c.contrast.width == c.model.width and c.data.kind and c.objective == "contrastive"
+        assert c.contrast.width == (512 if size == "tiny" else c.model.width)
+        assert c.data.kind and c.objective == "contrastive"
     assert c.optimizer.layer_decay == 0.95 and c.model.drop_path == 0.3 and c.batch_size == 16_384
 
 
@@ -154,6 +155,7 @@ def test_the_shipped_config_tunes_every_size():
     ("changes", "words"),
     [
         ({"contrast__pool": "last"}, "config.contrast.pool='last' is unknown; use one of"),
+        ({"contrast__masked": ("words",)}, "config.contrast.masked='words' is unknown; use one of"),
         ({"contrast__width": 0}, "config.contrast.width=0 must be at least 1"),
         (
             {"optimizer__accumulate": 2},
@@ -177,20 +179,17 @@ def test_a_batch_without_the_modality_is_refused(name, given, field):
         objective().predict[name](trees()[0], {}, {given: batch()[given]})
 
 
-def test_masked_contrast_reads_only_what_is_not_masked():
-    made = contrastive.make(config(contrast__masked=True, contrast__pool="first"))
+@pytest.mark.parametrize("masked", [("text",), ("image", "text")])
+def test_masked_contrast_reads_only_what_is_not_masked(masked):
+    made = contrastive.make(config(contrast__masked=masked, contrast__pool="first"))
     pairs = image_texts.batch()["pairs"]
     assert set(made.spec) == {"image", "mask", "tokens", "inputs", "text_mask"} <= set(pairs)
     params, _, extras = trees()
     loss = jax.jit(lambda pairs: made.loss(params, extras, pairs, {}, jax.random.key(0))[0])
     told = pairs | {"tokens": jnp.where(pairs["text_mask"], 5, pairs["tokens"])}
-    unmasked = pairs | {"mask": jnp.zeros_like(pairs["mask"]), "inputs": pairs["tokens"]}
+    whole = pairs | {"mask": jnp.zeros_like(pairs["mask"])}
+    unmasked = whole | {"inputs": pairs["tokens"]}
     assert loss(told) == loss(pairs) != loss(unmasked)
+    assert (loss(whole) == loss(pairs)) == ("image" not in masked)
     both = image_texts.accumulated(objective(), trees(), batch(), 1)[0]["loss"]
     np.testing.assert_allclose(loss(unmasked), both, rtol=1e-5)
-
-
-def test_masked_contrast_needs_mask_tokens():
-    changes = {"contrast__masked": True, "masking": image_texts.CLONES}
-    with pytest.raises(UserError, match="contrast.masked needs masking.kind='block'"):
-        contrastive.make(config(**changes))

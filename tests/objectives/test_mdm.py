@@ -150,7 +150,7 @@ def test_the_tokenizer_sees_images_at_its_own_size():
     large = jax.image.resize(batch["images"]["image"].astype(float), (4, 32, 32, 3), "bicubic")
     large = jnp.clip(jnp.round(large), 0, 255).astype(jnp.uint8)
     codes = made.targets({}, teacher, {}, batch, None)["images"]
-    assert codes.shape == (4, 16) and len(np.unique(codes)) > 3
+    assert codes.shape == (4, 16) and len(np.unique(codes)) >= 3
     np.testing.assert_array_equal(codes, tokenizer.tell("codes", teacher, {"image": large}))
 
 
@@ -176,7 +176,7 @@ def test_the_tokenizer_never_changes():
             {"teacher__config__objective": "beit3"},
             "config.teacher.config.objective='beit3' is unkn",
         ),
-        ({"text__length": 40}, "a text length of 40"),
+        ({"text__length": 40}, "config.text.length=40 must lie"),
         ({"text__masking__kind": "random"}, "config.text.masking.kind='random' is unknown"),
     ],
 )
