@@ -165,6 +165,8 @@ class Embedding(nn.Module):
         table = self.param(
             "table", partitioned(self.init, (None, "embed")), (self.size, self.width)
         )
+        # Gathered, as FSDP does with weights: else XLA gathers the rows of the whole batch.
+        table = nn.with_logical_constraint(table, (None, None))
         return jnp.take(table, ids, axis=0).astype(self.dtype)
 
 
