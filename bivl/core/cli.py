@@ -61,11 +61,16 @@ def _assignments(words, known: list[str]) -> list[tuple[str, str]]:
     return found
 
 
+def show_logs() -> None:
+    """What bivl has to say goes to standard output, plainly; in a notebook too."""
+    logging.basicConfig(stream=sys.stdout, level=logging.WARNING, format="%(message)s", force=True)
+    log.setLevel(logging.INFO)
+
+
 def run(main, argv=None) -> None:
     """Runs `main(argv)` and exits: 0 done, 2 bad input, 3 guard, 143 SIGTERM, 1 anything else."""
     argv = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(stream=sys.stdout, level=logging.WARNING, format="%(message)s", force=True)
-    log.setLevel(logging.INFO)
+    show_logs()
     codes = {UserError: 2, GuardStop: 3, Terminated: 143, KeyboardInterrupt: 130}
     try:
         main(argv)
