@@ -25,7 +25,7 @@ from bivl.core import workdir as workdirs
 from bivl.core.errors import UserError
 from bivl.core.loop import Loop
 from bivl.core.objective import Objective
-from bivl.data import mixture, sources
+from bivl.data import mixture
 
 log = logging.getLogger("bivl")
 
@@ -92,7 +92,8 @@ def open_batches(config, program: Program, start: int):
 
 def check_example(config, program: Program) -> None:
     """One example through the pipeline: a wrong field or shape shows before anything is written."""
-    options = {"start": 0, "wanted": 1, "threads": 0}
+    opened = mixture.open_all(config)
+    options = {"start": 0, "wanted": 1, "threads": 0, "opened": opened}
     with contextlib.closing(
         mixture.train_batches(config, program.objective, lambda size: range(1), **options)
     ) as batches:
@@ -108,7 +109,7 @@ def check_example(config, program: Program) -> None:
             raise UserError(
                 f"data gives {name!r} of shape {got.get(name)}, wanted {spec.shape[1:]}"
             )
-    for source in (mixture.open_parts(config) or {"": sources.open_source(config.data)}).values():
+    for source in opened.values():
         log.info("data: %s", source.describe())
 
 

@@ -24,6 +24,7 @@ from bivl.core.state import State
 log = logging.getLogger("bivl")
 warnings.filterwarnings("ignore", message="Sharding info not provided when restoring")
 PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "config/metadata")
+ENCODER = ("embed/", "trunk/")  # the parameters that tasks share; a task's others are heads
 
 
 class Unreadable(UserError):
@@ -142,11 +143,22 @@ def restore_part(step_dir: Path, wanted: dict):
 
 
 def matching(step_dir: Path, params) -> list[str]:
-    """Paths of `params` that a checkpoint has in the same shape; UserError where there is none."""
+    """Paths of `params` that a checkpoint has in the same shape.
+
+    UserError where there is none, and where one of the encoder has another shape there: only heads
+    may be new, an encoder that is so in part would look trained and not be.
+    """
     saved = saved_shapes(step_dir)
-    found = [k for k, x in _names(params).items() if saved.get(f"params/{k}") == tuple(x.shape)]
+    shapes = {k: (saved.get(f"params/{k}"), tuple(x.shape)) for k, x in _names(params).items()}
+    found = [k for k, (theirs, ours) in shapes.items() if theirs == ours]
     if not found:
         raise UserError(f"no parameter of checkpoint {step_dir} fits this model; check config.init")
+    for key, (theirs, ours) in shapes.items():
+        if key.startswith(ENCODER) and theirs not in (None, ours):
+            raise UserError(
+                f"config.init: {key} has shape {theirs} in checkpoint {step_dir}, this config "
+                f"wants {ours}; make config.model and the sizes of inputs those of the checkpoint"
+            )
     return found
 
 
@@ -155,7 +167,7 @@ def load_matching(step_dir: Path, state: State) -> State:
 
     The teacher takes the loaded value wherever it has the same path (a student that is restarted is
     its own first teacher). Logs what was loaded, what was not, and what the checkpoint has besides;
-    UserError when nothing matches.
+    UserErrors are those of `matching`.
     """
     saved, own = saved_shapes(step_dir), _names(state.params)
     keys, structure = list(own), jax.tree.structure(state.params)

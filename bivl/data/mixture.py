@@ -44,9 +44,11 @@ def sizes(config) -> int | dict[str, int]:
     return {name: int(size) for name, size in found.items()}
 
 
-def open_parts(config) -> dict[str, sources.Source]:
-    """The opened sources of a mixture."""
-    return {name: sources.open_source(data) for name, data in (parts(config) or {}).items()}
+def open_all(config) -> dict[str, sources.Source]:
+    """The opened sources: {part: source} of a mixture, {"": source} of one set."""
+    chosen = parts(config)
+    named = {"": config.data} if chosen is None else chosen
+    return {name: sources.open_source(data) for name, data in named.items()}
 
 
 def first_with_images(config) -> Mapping[str, Any]:
@@ -54,14 +56,20 @@ def first_with_images(config) -> Mapping[str, Any]:
     chosen = parts(config)
     if chosen is None:
         return config.data
-    for name, source in open_parts(config).items():
+    for name, source in open_all(config).items():
         if any(ours == "image" for ours, *_ in source.fields):
             return chosen[name]
     return next(iter(chosen.values()))
 
 
 def train_batches(
-    config, objective, rows: Callable[[int], range], start: int, wanted=None, threads=None
+    config,
+    objective,
+    rows: Callable[[int], range],
+    start: int,
+    wanted=None,
+    threads=None,
+    opened=None,
 ) -> Iterator[tuple[Any, int]]:
     """The stream of (batch, records replaced) from batch number `start` on; `close()` it.
 
@@ -72,6 +80,7 @@ def train_batches(
       start: number of the first batch.
       wanted: rows of a global batch (of each part), by default `sizes(config)`.
       threads: by default those of config.loader, with its workers; else no workers.
+      opened: by default `open_all(config)`.
     """
     wanted = wanted or sizes(config)
     loader = dict(config.loader) if threads is None else {"threads": threads, "workers": 0}
@@ -81,11 +90,11 @@ def train_batches(
         options["rows"] = rows(size)
         return pipeline.train_batches(source, ops, seed=seed, batch_size=size, **options)
 
+    opened = opened or open_all(config)
     if parts(config) is None:
-        source = objective.examples(sources.open_source(config.data))
-        return stream(source, objective.train_ops, config.seed, wanted)
+        return stream(objective.examples(opened[""]), objective.train_ops, config.seed, wanted)
     streams = {}
-    for name, source in open_parts(config).items():
+    for name, source in opened.items():
         # Two parts may read the same set, which must not come in the same order.
         seed = int(np.random.SeedSequence((config.seed, *name.encode())).generate_state(1)[0])
         size = wanted if isinstance(wanted, int) else wanted[name]

@@ -173,9 +173,11 @@ class _Reader:
                 return apply(self.source[current]), passed
             except Undecodable as error:
                 self._note(current, str(error))
+        fields = [ours for ours, *_ in getattr(self.source, "fields", ())]
+        field = next((f".{name}" for name in ("image", "audio") if name in fields), "")
         raise UserError(
             f"none of the {size} records can be decoded (record {index}: {self.bad[index]}); "
-            "check data.dir and data.fields.image"
+            f"check data.dir and data.fields{field}"
         )
 
     def _note(self, index: int, reason: str):

@@ -13,6 +13,8 @@ corrupt, scale} for pairs: their texts' length and masks, which of the two is ma
 model.{text_rows, vocabulary, init}.
 """
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,26 +47,39 @@ def grid(config) -> tuple[int, int]:
     return image.grid(config)
 
 
-def _texts(config, chosen):
-    """The config of modalities/text.py that the mapping `chosen`, config.text or config.pair, makes
-    of an image-text config."""
-    choice("text.masking.kind", chosen.masking.kind, text.CORRUPTIONS)  # or pair's
-    names = ("length", "break_mode", "cache")
-    settings = {name: chosen[name] for name in names if name in chosen}
-    rows = config.model.text_rows - OFFSET
-    if not 4 <= chosen.length <= rows:
+def _texts(config, key: str, length: int | None = None):
+    """The config of modalities/text.py that config.KEY, `text` or `pair`, makes of an image-text
+    config; of another length where one is given."""
+    chosen, rows = config[key], config.model.text_rows - OFFSET
+    length = chosen.length if length is None else length
+    if not 4 <= length <= rows:
         raise UserError(
-            f"a text length of {chosen.length} (config.text.length, config.pair.length) must lie "
-            f"between 4 and {rows}; model.text_rows limits it"
+            f"config.{key}.length={length} must lie between 4 and {rows}; model.text_rows limits it"
         )
+    choice(f"{key}.masking.kind", chosen.masking.kind, text.CORRUPTIONS)
+    settings = {name: chosen[name] for name in ("break_mode", "cache") if name in chosen}
     whole = {
         "batch_size": config.batch_size,
         "tokenizer": config.tokenizer,
-        "text": settings,
+        "text": settings | {"length": length},
         "mask_ratio": chosen.mask_ratio,
         "masking": chosen.masking,
     }
     return ConfigDict(whole)
+
+
+@contextlib.contextmanager
+def _masks_of(key: str):
+    """Names the masks of config.KEY in a UserError of modalities/text.py, which knows one key."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("config.mask", f"config.{key}.mask")) from error
+
+
+def _text_train_ops(config, key: str):
+    with _masks_of(key):
+        return text.train_ops(_texts(config, key))
 
 
 def most_masked(chosen) -> int:
@@ -89,8 +104,9 @@ def spec(config, sizes) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
         if part != "texts":
             found[part] |= image.spec(config)
         if part != "images":
-            chosen = config.text if part == "texts" else config.pair
-            found[part] |= _masked_text(text.spec(_texts(config, chosen)))
+            key = "text" if part == "texts" else "pair"
+            with _masks_of(key):
+                found[part] |= _masked_text(text.spec(_texts(config, key)))
         found[part] = {
             name: jax.ShapeDtypeStruct((size, *s.shape[1:]), s.dtype)
             for name, s in found[part].items()
@@ -100,7 +116,7 @@ def spec(config, sizes) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
 
 def train_ops(config) -> dict:
     """{part: (record, rng) -> one example}."""
-    texts = text.train_ops(_texts(config, config.text))
+    texts = _text_train_ops(config, "text")
     ops = {"images": image.train_ops(config), "pairs": masked_pair_ops(config)}
     return ops | {"texts": lambda record, rng: _masked_text(texts(record, rng))}
 
@@ -110,7 +126,7 @@ def masked_pair_ops(config):
     pair = ConfigDict(config.to_dict())
     pair.augment.scale = config.pair.scale
     images, tokenizer = image.train_ops(pair), tokenizers.load(config.tokenizer)
-    words = text.train_ops(_texts(config, config.pair))
+    words = _text_train_ops(config, "pair")
     corrupt = choice("pair.corrupt", config.pair.corrupt, CORRUPT)
     if corrupt != "both" and not image.keeps_all(config):
         raise UserError(f"config.pair.corrupt={corrupt!r} needs masking.kind='block'; use both")
@@ -134,7 +150,7 @@ def masked_pair_ops(config):
 def examples(config) -> dict:
     """{part: source of records -> source of what its ops take}; texts are packed into blocks."""
     same = lambda source: source  # noqa: E731
-    return {"images": same, "texts": text.examples(_texts(config, config.text)), "pairs": same}
+    return {"images": same, "texts": text.examples(_texts(config, "text")), "pairs": same}
 
 
 def pair_ops(config):
@@ -152,7 +168,7 @@ def pair_ops(config):
 
 def eval_ops(config):
     """record -> {image?, tokens?, label?, id?}, texts cut at pair.length tokens."""
-    images, texts = image.eval_ops(config), text.eval_ops(_texts(config, config.pair))
+    images, texts = image.eval_ops(config), text.eval_ops(_texts(config, "pair"))
 
     def ops(record):
         made = images(record) if "image" in record else {}
@@ -164,8 +180,7 @@ def eval_ops(config):
 def preprocess(config):
     """image=[...], text=[...] or both -> numpy batch; see modalities/image.py and text.py."""
     images = image.preprocess(config)
-    longest = ConfigDict({**config.pair, "length": config.model.text_rows - OFFSET})
-    texts = text.preprocess(_texts(config, longest))
+    texts = text.preprocess(_texts(config, "pair", config.model.text_rows - OFFSET))
 
     def ops(image=None, text=None):
         if image is None and text is None:

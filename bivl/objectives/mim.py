@@ -109,10 +109,10 @@ class MaskedImageModel(nn.Module):
 
 
 def masked_places(mask, count: int):
-    """bool [B, L] -> (places int [B, K], weight float32 [B, K]): the masked places in order, filled
-    up with others of weight 0 where a row has fewer than K."""
+    """bool [B, L] -> (places int [B, K], valid bool [B, K]): the masked places in order, filled up
+    with others that are not valid where a row has fewer than K."""
     places = jnp.argsort(~mask, axis=1, stable=True)[:, :count]
-    return places, jnp.take_along_axis(mask, places, axis=1).astype(jnp.float32)
+    return places, jnp.take_along_axis(mask, places, axis=1)
 
 
 def named(logits, codes, weight):
@@ -158,8 +158,8 @@ def make(config) -> Objective:
         return teacher.tell("codes", held, {"image": frozen.view(teacher, batch["image"])})
 
     def loss(params, extras, batch, codes, key):
-        places, weight = masked_places(batch["mask"], hidden)
-        rngs = {"dropout": key}
+        places, valid = masked_places(batch["mask"], hidden)
+        weight, rngs = valid.astype(jnp.float32), {"dropout": key}
         logits = model.apply({"params": params}, batch, places, deterministic=False, rngs=rngs)
         codes = jnp.take_along_axis(codes, places, axis=1)
         losses, accuracies = zip(*(named(x, codes, weight) for x in logits), strict=True)

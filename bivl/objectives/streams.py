@@ -21,6 +21,7 @@ from bivl.models.decoders import DecoderConfig
 from bivl.models.image_text import Heads, HeadsConfig
 from bivl.models.multiway import Multiway, MultiwayConfig
 from bivl.objectives import encoding, frozen
+from bivl.objectives.mim import masked_places
 
 LOSSES = {  # name: (part of the batch, modality)
     "images": ("images", "image"),
@@ -69,9 +70,7 @@ class ImageText(nn.Module):
             parts["image"] = self.heads.fill(x, batch.get("keep"), deterministic)
         if "tokens" in batch:
             parts["text"] = encoded.tokens[:, tokens.images :]
-        return {
-            name: _masked_places(x, batch[MASKS[name]], counts[name]) for name, x in parts.items()
-        }
+        return {name: _masked(x, batch[MASKS[name]], counts[name]) for name, x in parts.items()}
 
     def embeddings(self, batch, pool: str, masked=False, deterministic=True):
         """Unit vectors [B, E] of images alone or texts alone."""
@@ -93,12 +92,11 @@ def pooled(x, layout, pool: str):
     return heads.mean_content(x, layout)
 
 
-def _masked_places(x, mask, count) -> Masked:
+def _masked(x, mask, count) -> Masked:
     mask = mask.reshape(-1, x.shape[1])
     mask = jnp.repeat(mask, len(x) // len(mask), axis=0)  # a text beside clones of its image
-    index = jnp.argsort(~mask, axis=1, stable=True)[:, :count]
-    x = jnp.take_along_axis(x, index[..., None], axis=1)
-    return Masked(x, index, jnp.take_along_axis(mask, index, axis=1))
+    index, valid = masked_places(mask, count)
+    return Masked(jnp.take_along_axis(x, index[..., None], axis=1), index, valid)
 
 
 def at(values, places: Masked):
