@@ -1,5 +1,6 @@
 """Eight forced host devices, one thread pool, parsed absl flags: set before jax starts."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from pathlib import Path
 # pytest, programs that tests start and the next run share what is compiled.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    " --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{Path(__file__).parents[1]}/.pytest_cache/compiled"
@@ -18,7 +19,19 @@ import pytest
 from absl import flags
 
 flags.FLAGS.mark_as_parsed()
+gc.set_threshold(100_000, 20, 20)  # a sixth of the time of tracing and compiling, as it comes
 jax.config.update("jax_numpy_rank_promotion", "allow")
+
+SLOWEST = ("pretrain", "processes", "train", "finetune")  # first, so that no worker ends with one
+
+
+def pytest_configure(config):
+    """Keeps xdist from starting the files with the most tests first: they are the quick ones."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in SLOWEST)
 
 
 @pytest.fixture
@@ -27,6 +40,16 @@ def tiny_config():
     import runs
 
     return runs.tiny()
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Training on one device, which is quicker to compile for than eight."""
+    import functools
+
+    from bivl import train
+
+    monkeypatch.setattr(train, "build", functools.partial(train.build, devices=jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")

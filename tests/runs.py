@@ -15,7 +15,7 @@ COMMON = {
     "steps": "4",
 }
 SMALL = COMMON | {"image_size": "32", "data.image_size": "32"}
-DECODER = {"decoder.width": "16", "decoder.depth": "2", "top_k_layers": "2"}
+DECODER = {"decoder.width": "16", "decoder.depth": "1", "top_k_layers": "2"}
 TEXT = COMMON | {"text.length": "32", "top_k_layers": "2"}
 SPEECH = COMMON | {"audio.length": "8000", "model.extractor.width": "16", "top_k_layers": "2"}
 FROZEN = {
@@ -33,6 +33,7 @@ TOKENIZER |= {
 }
 PAIRS = {"pair.length": "16", "model.text_rows": "40"}
 STREAMS = COMMON | PAIRS | {"image_size": "32", "batch_size": "24", "text.length": "32"}
+STREAMS |= {"model.depth": "1"}  # an encoder runs five times in an update
 STREAMS |= {"data.images.image_size": "32", "data.pairs.image_size": "32"}
 PRETRAIN = {  # the objectives of pre-training by their configs, and what makes these small
     "data2vec_image": SMALL,
@@ -44,7 +45,7 @@ PRETRAIN = {  # the objectives of pre-training by their configs, and what makes 
     "vqkd": SMALL | TEACHER | {"teacher.config.top_k_layers": "1", "codebook.size": "32"},
     "beit2": SMALL | TOKENIZER | {"aggregation.layer": "1", "aggregation.depth": "1"},
     "beit3": STREAMS | TOKENIZER,
-    "bivl": STREAMS | {"top_k_layers": "2", "contrast.width": "16"},
+    "bivl": STREAMS | {"top_k_layers": "1", "contrast.width": "16"},
     "contrastive": SMALL | PAIRS | {"contrast.width": "16"},
 }
 
@@ -97,13 +98,12 @@ def without_times(lines):
 
 
 def few_losses(num_devices, changes, name="data2vec_image"):
-    """Loss and gradient norm of 5 updates on some of the devices: float [5, 2]."""
+    """Loss and gradient norm of 5 updates on some of the devices, float [5, 2], and the state."""
     from bivl import train
     from bivl.core import sharding
     from bivl.core import state as states
 
-    batch = 2 * int(PRETRAIN[name]["batch_size"])
-    config = tiny({"batch_size": str(batch), "steps": "5"} | changes, name)
+    config = tiny({"steps": "5"} | changes, name)
     program = train.build(config, jax.devices()[:num_devices])
     found = []
     with sharding.use(program.mesh):
@@ -114,7 +114,7 @@ def few_losses(num_devices, changes, name="data2vec_image"):
             state, values = step(state, batch, np.int32(n))
             found.append([float(values["loss"]), float(values["grad_norm"])])
         batches.close()
-    return np.array(found)
+    return np.array(found), state
 
 
 def mesh(data, fsdp, tensor):

@@ -1,7 +1,6 @@
 """Fine-tuning end to end at tiny sizes: what comes from the checkpoint, what is new, resuming."""
 
 import dataclasses
-import functools
 import logging
 import shutil
 from pathlib import Path
@@ -19,12 +18,6 @@ from bivl.data import sources
 from configs.finetune import glue
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "one_device")
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """Quicker to compile for than eight."""
-    monkeypatch.setattr(train, "build", functools.partial(train.build, devices=jax.devices()[:1]))
 
 
 MODEL = {"model.width": "32", "model.depth": "1", "model.num_heads": "2", "model.mlp_dim": "64"}

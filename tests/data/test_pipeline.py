@@ -215,8 +215,10 @@ def test_eval_leaves_bad_records_out():
     batches = list(eval_batches(Records(6, bad={1, 5}), eval_ops, batch_size=4, rows=range(4)))
     kept = [i for b in batches for i, real in zip(b["id"], b["mask"], strict=True) if real]
     assert kept == [0, 2, 3, 4]
-    with pytest.raises(UserError, match="none of the 3"):
-        list(eval_batches(Records(3, bad=range(3)), eval_ops, batch_size=4, rows=range(4)))
+    records = Records(3, bad=range(3))
+    records.fields = (("text", "text", None), ("audio", "sound", None))
+    with pytest.raises(UserError, match="none of the 3 .* check data.dir and data.fields.audio"):
+        list(eval_batches(records, eval_ops, batch_size=4, rows=range(4)))
 
 
 def test_eval_ops_may_not_use_the_key_mask():

@@ -106,7 +106,7 @@ def sampler(ratio, **masking):
     """The text masks of pairs of 12 tokens."""
     changes = {f"pair__masking__{name}": value for name, value in masking.items()}
     c = config(pair__mask_ratio=ratio, pair__length=12, **changes)
-    return text.mask_sampler(image_text._texts(c, c.pair))
+    return text.mask_sampler(image_text._texts(c, "pair"))
 
 
 def test_what_masked_tokens_become():
@@ -140,7 +140,7 @@ def test_no_more_tokens_are_masked_than_the_bound(kind, ratio):
     if kind == "bert":
         settings |= {"kept": 0.1, "randomized": 0.1, "score": "all"}
     c = config(pair__mask_ratio=ratio, pair__masking=settings)
-    sample = text.mask_sampler(image_text._texts(c, c.pair))
+    sample = text.mask_sampler(image_text._texts(c, "pair"))
     most = max(
         sample(np.random.default_rng(seed), np.full(10, 77))["mask"].sum() for seed in range(200)
     )
@@ -192,13 +192,15 @@ def test_preprocessing_takes_either_or_both():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"pair__length": 19}, "a text length of 19 .* must lie between 4 and 18; model.text_rows"),
-        ({"text__length": 3}, "a text length of 3 .* must lie between 4 and 18"),
-        ({"pair__masking__kind": "random"}, "masking.kind='random' is unknown"),
+        ({"pair__length": 19}, "config.pair.length=19 must lie between 4 and 18; model.text_rows"),
+        ({"text__length": 3}, "config.text.length=3 must lie between 4 and 18"),
+        ({"pair__masking__kind": "random"}, "config.pair.masking.kind='random' is unknown"),
+        ({"text__masking": {"kind": "span"}}, "config.text.masking={'kind': 'span'}: .* missing"),
+        ({"text__mask_ratio": 0.0}, "config.text.mask_ratio=0.0 must lie between 0 and 1"),
         ({"pair__corrupt": "none"}, "config.pair.corrupt='none' is unknown"),
         ({"pair__corrupt": "text", "masking": CLONES}, "pair.corrupt='text' needs masking.kind="),
         ({"model__vocabulary": 200}, "config.model.vocabulary=200 is smaller than the tokenizer's"),
-        ({"pair__mask_ratio": 1.5}, "mask_ratio=1.5 must lie between 0 and 1"),
+        ({"pair__mask_ratio": 1.5}, "config.pair.mask_ratio=1.5 must lie between 0 and 1"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, words):

@@ -93,14 +93,15 @@ def test_losses_match_the_reference(config, reduction, beta):
     objective = data2vec.make(config)
     targets = {"values": jnp.asarray(G["targets/dv"]), "metrics": {}}
     key = jax.random.key(0)
-    differentiate = jax.jit(jax.value_and_grad(objective.loss, has_aux=True))
-    (loss, aux), grads = differentiate(params(), {}, batch(), targets, key)
     name = f"{reduction}_beta{beta}"
+    loss, aux = jax.jit(objective.loss)(params(), {}, batch(), targets, key)
     np.testing.assert_allclose(loss, G[f"loss/{name}"], rtol=1e-5)
     np.testing.assert_allclose(aux["metrics"]["target_std"], G["target_std"], rtol=1e-5)
     np.testing.assert_allclose(aux["metrics"]["prediction_std"], G["prediction_std"], rtol=1e-5)
     assert aux["weight"] == G["mask"].sum()
     if name == "mean_beta2":
+        differentiate = jax.jit(jax.grad(objective.loss, has_aux=True))
+        grads, _ = differentiate(params(), {}, batch(), targets, key)
         wanted = golden.tree(lambda n: G[f"grads/{n}"])
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, wanted)
 
@@ -138,9 +139,7 @@ def test_accumulation_changes_no_mean(config):
     tx = optimizer.make_optimizer(config.optimizer, optimizer.make_schedule(config.optimizer, 8))
     state = State(jnp.int32(0), params(), params("teacher_params"), {}, tx.init(params()))
     accumulated = jax.jit(functools.partial(steps._accumulated, objective), static_argnums=3)
-    results = [
-        accumulated(state, batch(), jax.random.key(0), accumulate) for accumulate in (1, 2, 4)
-    ]
+    results = [accumulated(state, batch(), jax.random.key(0), accumulate) for accumulate in (1, 4)]
     for aux, grads in results[1:]:
         np.testing.assert_allclose(
             aux["metrics"]["loss"], results[0][0]["metrics"]["loss"], rtol=1e-6
@@ -184,7 +183,7 @@ def test_born_sharded_state_is_the_same_on_every_mesh(config):
     from bivl.core import state as states
 
     leaves = []
-    for sizes in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)):
+    for sizes in ((1, 1, 1), (1, 8, 1), (2, 2, 2)):
         with config.unlocked():
             config.batch_size = 8
             config.mesh = dict(zip(sharding.AXES, sizes, strict=True))

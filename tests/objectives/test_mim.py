@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from bivl import model, train
 from bivl.core import config as configs
@@ -18,6 +19,7 @@ from golden import vqkd as golden
 from visual_tokens import small_mim, unboxed
 
 G = golden.load()
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def params():
@@ -31,6 +33,12 @@ def batch():
 @functools.cache
 def objective():
     return model.make_objective(small_mim({"batch_size": "3"}))
+
+
+@functools.cache
+def held():
+    """A fresh tokenizer."""
+    return unboxed(objective())[1]
 
 
 @pytest.mark.parametrize("depth", [2, 0])
@@ -62,9 +70,10 @@ def test_losses_and_gradients_match_the_reference(depth):
 
 def test_rows_with_fewer_masked_patches_count_only_those():
     mask = np.array([[0, 1, 0, 1, 1], [0, 0, 1, 0, 0]], bool)
-    places, weight = mim.masked_places(jnp.asarray(mask), 3)
+    places, valid = mim.masked_places(jnp.asarray(mask), 3)
     np.testing.assert_array_equal(places, [[1, 3, 4], [2, 0, 1]])
-    np.testing.assert_array_equal(weight, [[1, 1, 1], [1, 0, 0]])
+    np.testing.assert_array_equal(valid, [[True, True, True], [True, False, False]])
+    weight = valid.astype(float)
     logits = jax.random.normal(jax.random.key(0), (2, 3, 4))
     codes = jnp.array([[0, 1, 2], [3, 0, 0]])
     loss, accuracy = mim.named(logits, codes, weight)
@@ -78,15 +87,14 @@ def test_rows_with_fewer_masked_patches_count_only_those():
 def test_targets_are_the_tokenizers_codes_of_the_whole_crop():
     config = small_mim()
     tokenizer = model.make_objective(configs.from_dict(config.teacher.config.to_dict()))
-    held = unboxed(objective())[1]
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
     made = jax.jit(objective().targets)
     mask = np.ones((3, 16), bool)
-    got = made({}, held, {}, {"image": images, "mask": mask}, jax.random.key(0))
-    mine = held["teacher"]
+    got = made({}, held(), {}, {"image": images, "mask": mask}, jax.random.key(0))
+    mine = held()["teacher"]
     wanted = tokenizer.predict["codes"](mine["params"], mine["extras"], {"image": images})
     np.testing.assert_array_equal(got, wanted)
-    other = made({}, held, {}, {"image": images, "mask": ~mask}, jax.random.key(0))
+    other = made({}, held(), {}, {"image": images, "mask": ~mask}, jax.random.key(0))
     np.testing.assert_array_equal(got, other)
     assert len(np.unique(got)) > 1
 
@@ -107,7 +115,7 @@ def test_accumulation_changes_no_mean():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
     mask = np.stack([rng.permutation(16) < 3 + i % 4 for i in range(8)])
-    state = states.State(jnp.int32(0), params(), unboxed(made)[1], {}, ())
+    state = states.State(jnp.int32(0), params(), held(), {}, ())
     accumulated = jax.jit(functools.partial(steps._accumulated, made), static_argnums=3)
     whole = {"image": jnp.asarray(images), "mask": jnp.asarray(mask)}
     results = [accumulated(state, whole, jax.random.key(0), n) for n in (1, 4)]
@@ -122,7 +130,9 @@ def test_the_added_blocks_start_as_pytorch_makes_them():
     """But for their last matrices, which are divided by sqrt(2 l)."""
     config = small_mim({"model.width": "64", "model.mlp_dim": "128"})
     with sharding.use(sharding.make_mesh(config.mesh)):
-        blocks = unboxed(model.make_objective(config))[0]["aggregator"]["blocks"]
+        made = model.make_objective(config)
+        params = jax.jit(lambda: nn.unbox(made.init(jax.random.key(0))[0]["aggregator"]))()
+    blocks = params["blocks"]
     bound = {"qkv": 1 / 8, "fc1": 1 / 8, "out": 1 / 8, "fc2": 128**-0.5}
     for module, name in (
         ("attention", "qkv"),
@@ -179,7 +189,7 @@ def test_what_cannot_be_is_refused(changes, words):
         model.make_objective(small_mim(changes))
 
 
-def test_a_run(tmp_path):
+def test_a_run(one_device, tmp_path):
     changes = {"optimizer.warmup_steps": "0", "evaluators": "knn,pictures", "eval.knn.k": "5"}
     state = train.train(small_mim(changes | {"model.drop_path": "0.2"}), tmp_path)
     assert int(state.step) == 4
