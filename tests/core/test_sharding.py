@@ -49,6 +49,31 @@ def test_impossible_meshes_are_refused(sizes, words):
         mesh(*sizes)
 
 
+class Chip:
+    """A chip of v5e slices of 2 x 2, as its driver describes it."""
+
+    platform, device_kind, core_on_chip, process_index = "tpu", "TPU v5 lite", 0, 0
+
+    def __init__(self, number):
+        self.id, self.slice_index = number, number // 4
+        self.coords = (number % 2, number // 2 % 2, 0)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 1), (2, 2, 2), (4, 1, 2), (4, 2, 1), (8, 1, 1)])
+def test_only_data_goes_over_slices(shape):
+    chips = [Chip(n) for n in (5, 0, 3, 6, 1, 7, 2, 4)]
+    placed = sharding.arrange(shape, chips)
+    assert placed.shape == shape and set(placed.flat) == set(chips)
+    slices = np.vectorize(lambda chip: chip.slice_index)(placed)
+    halves = np.split(slices, 2)
+    assert [set(half.flat) for half in halves] == [{0}, {1}]
+
+
+def test_slices_that_data_cannot_span_are_refused():
+    with pytest.raises(UserError, match="data=1 is not a multiple of the 2 slices"):
+        sharding.arrange((1, 8, 1), [Chip(n) for n in range(8)])
+
+
 def test_resolve():
     m = mesh(2, 2, 2)
     resolve = lambda axes, shape: sharding.resolve(axes, shape, m, "w")  # noqa: E731
