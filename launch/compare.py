@@ -4,7 +4,8 @@
 
 Seconds are those of the training steps alone (`step_seconds`), FLOPs those of an update's matmuls
 and convolutions counted from the program (`bivl/core/flops.py`), times the updates. What was
-trained before, a tokenizer and its teacher say, adds its own: NAME=BEFORE+BEFORE+WORKDIR.
+trained before, a tokenizer and its teacher say, adds its own: NAME=BEFORE+BEFORE+WORKDIR. Seconds
+say little where other work ran beside: --over flops leaves them out.
 """
 
 import argparse
@@ -16,6 +17,8 @@ from matplotlib.figure import Figure
 
 from bivl import train
 from bivl.core import config as configs
+
+LABELS = {"seconds": "seconds of training", "flops": "FLOPs of training"}
 
 
 def read_costs(workdir: Path) -> tuple[np.ndarray, np.ndarray, float]:
@@ -42,21 +45,16 @@ def read(folders: list[Path], metric: str) -> list[dict]:
     return found
 
 
-def draw(runs: dict[str, list[dict]], metric: str) -> Figure:
-    """A panel over seconds and one over FLOPs."""
-    figure = Figure(figsize=(10, 3.8), dpi=110, layout="constrained")
-    panels = zip(
-        figure.subplots(1, 2, sharey=True),
-        ("seconds", "flops"),
-        ("seconds of training", "FLOPs of training"),
-        strict=True,
-    )
-    for axis, key, label in panels:
+def draw(runs: dict[str, list[dict]], metric: str, over: list[str]) -> Figure:
+    """A panel for each of LABELS that `over` names."""
+    figure = Figure(figsize=(5 * len(over), 3.8), dpi=110, layout="constrained")
+    axes = figure.subplots(1, len(over), sharey=True, squeeze=False)[0]
+    for axis, key in zip(axes, over, strict=True):
         for name, points in runs.items():
             axis.plot(
                 [p[key] for p in points], [p["value"] for p in points], marker="o", label=name
             )
-        axis.set_xlabel(label)
+        axis.set_xlabel(LABELS[key])
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel(metric)
@@ -69,6 +67,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="NAME=[BEFORE+]WORKDIR")
     parser.add_argument("--metric", default="knn/accuracy")
+    parser.add_argument("--over", nargs="+", choices=LABELS, default=list(LABELS))
     parser.add_argument("--out", required=True)
     arguments = parser.parse_args()
     pairs = [run.partition("=") for run in arguments.runs]
@@ -81,7 +80,7 @@ def main():
         for p in points:
             numbers = f"{p['step']} | {p['seconds']:.0f} | {p['flops']:.2e} | {p['value']:.3f}"
             print(f"| {name} | {numbers} |")
-    draw(runs, arguments.metric).savefig(arguments.out)
+    draw(runs, arguments.metric, arguments.over).savefig(arguments.out)
 
 
 if __name__ == "__main__":
