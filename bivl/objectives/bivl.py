@@ -19,7 +19,7 @@ makes of the whole input:
             contrast.weight: InfoNCE of the pairs' images and texts, each alone, of those modalities
             masked that contrast.masked names: what joins the two spaces where no stream does.
 
-docs/bivl.md holds what has been measured of these choices, at tiny size; the larger are not trained.
+docs/bivl.md holds what has been measured of these choices at tiny size; nothing larger is trained.
 """
 
 import jax
