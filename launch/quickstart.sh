@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pre-trains bivl on images, texts and pairs (eight minutes on two CPU cores), evaluates it beside the
+# Pre-trains bivl on images, texts and pairs (six minutes on two idle CPU cores), evaluates it beside the
 # same network untrained, and says where the pictures are. Run again, it resumes or says it is done:
 #   bash launch/quickstart.sh [DIR]
 set -euo pipefail

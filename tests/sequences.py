@@ -33,6 +33,7 @@ class Tokenizer:
     pad: int = 1
     eos: int = 2
     unk: int = 3
+    kind: str = "lent"
 
     @property
     def special(self):

@@ -65,6 +65,16 @@ CASES = {
         {"masking.num_masks": "2", "decoder.depth": "1", "decoder.width": "16"},
         {},
     ),
+    "beit3_image": Case(
+        "beit3.py:smoke",
+        "beit3_image.py:smoke",
+        "head/logits",
+        ("params/heads/mlm_head/bias", "params/trunk/image_norm/scale", "params/embed/words/table"),
+        "accuracy/top1",
+        {},
+        {"batch_size": "24"},
+        {},
+    ),
     "glue": Case(
         "data2vec_text.py:smoke",
         "glue.py:smoke",
@@ -102,7 +112,8 @@ def pretrained(name, folder):
     returns the workdir and the parameters."""
     case, workdir = CASES[name], folder / "pretrained"
     steps = 2 if name == "glue" else 0
-    changes = {"steps": steps, "seed": 5, "evaluators": "", "top_k_layers": 1}
+    changes = {"steps": steps, "seed": 5, "evaluators": ""}
+    changes |= {} if name == "beit3_image" else {"top_k_layers": 1}
     config = load(f"pretrain/{case.pretrain}", **case.both, **case.first, **changes)
     return workdir, train.train(config, workdir).params
 

@@ -195,18 +195,44 @@ def load_matching(step_dir: Path, state: State) -> State:
         return jax.device_put(new.astype(old.dtype), old.sharding) if same else old
 
     teacher = jax.tree_util.tree_map_with_path(follow, state.teacher)
-    return state.replace(params=params, teacher=jax.tree.map(lambda x: x.copy(), teacher))
+    teacher = jax.tree.map(lambda x: x.copy(), teacher)
+    extras = _matching_extras(step_dir, saved, state.extras)
+    return state.replace(params=params, teacher=teacher, extras=extras)
+
+
+def _matching_extras(step_dir: Path, saved: dict, extras):
+    """The extras of the checkpoint if it has all of them alike: the statistics of batch norms are a
+    part of the model that its parameters are not."""
+    own = _names(extras)
+    if not own or any(saved.get(f"extras/{k}") != tuple(x.shape) for k, x in own.items()):
+        return extras
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), extras
+    )
+    log.info("init: the extras are the checkpoint's too")
+    return restore_part(step_dir, {"extras": wanted})["extras"]
 
 
 class Checkpoints:
     """The `checkpoints/` folder of a run."""
 
-    def __init__(self, directory: Path, keep: int):
+    def __init__(self, directory: Path, keep: int, write_gb: float | None = None):
+        """`keep`: how many steps stay. `write_gb`: how much of a state is copied for writing at a
+        time, at least its largest array; None: all of it, so that training goes on meanwhile."""
         self.directory = Path(directory).resolve()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=max(keep, 1), cleanup_tmp_directories=True, create=True
+            max_to_keep=max(keep, 1),
+            cleanup_tmp_directories=True,
+            create=True,
+            enable_async_checkpointing=write_gb is None,
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        handlers = {}
+        if write_gb is not None:
+            state = ocp.StandardCheckpointHandler(save_concurrent_gb=write_gb)
+            handlers = {"state": state, "config": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, item_handlers=handlers or None
+        )
 
     def save(self, step: int, state: State, config, wait: bool = False) -> None:
         """Starts a save (finished before return with `wait`); a step on disk is not saved again."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from bivl.core.errors import UserError
 from bivl.data.table import refuse_name, setting
-from bivl.data.vocabulary import layouts
+from bivl.data.vocabulary import clip, layouts, wordpiece
 
 MAX_BYTES = 2**26  # of one file; the largest vocabularies in use take 20 MB
 _HERE = pathlib.Path(__file__).parent
@@ -31,7 +31,8 @@ _OWN = {
 class Tokenizer:
     """A vocabulary of V = `size` pieces, special ones included; small to pickle, quick to reopen.
 
-    kind: who splits, "bpe", "sentencepiece", "xlmr" or "bytes".
+    kind: who splits, "bpe", "clip", "wordpiece", "sentencepiece", "xlmr", "bytes" or, for
+      nobody, "ids".
     data: what that library is opened from.
     bos, pad, eos, unk, mask: the special ids. `unk` is what encode gives where it must, none of
       the others is ever an output of encode.
@@ -77,17 +78,24 @@ class Tokenizer:
 
 
 def load(config: Mapping[str, Any]) -> Tokenizer:
-    """Opens the tokenizer that a `tokenizer` mapping {kind, path} names.
+    """Opens the tokenizer that a `tokenizer` mapping {kind, path} or {kind, size} names.
 
     kind:
       small: ours, byte-level BPE with 2,048 ids, packaged; for smoke runs and small texts.
       small_xlmr: ours, a SentencePiece model with 8,192 ids as xlmr numbers them, packaged.
       bytes: one id a byte of UTF-8, 4 and above; 261 ids, no files.
+      ids: numbers alone, of a model whose vocabulary is not at hand: `size` ids with the special
+        ones of RoBERTa and XLM-R, 0 to 3 and the last. Texts are refused.
       bpe: byte-level BPE of GPT-2 and RoBERTa; `path` is a folder in the layout of Hugging Face
         (vocab.json with merges.txt, or tokenizer.json) or of fairseq (encoder.json with vocab.bpe
         and dict.txt). fairseq's ids are <s>, <pad>, </s>, <unk>, the lines of dict.txt in their
         order, <mask>. In the other layout special tokens have the ids that the files give them,
         and those that the files lack are appended in this same order.
+      clip: CLIP's BPE of lower-cased words; `path` is OpenAI's bpe_simple_vocab_16e6.txt.gz or a
+        folder with it, with vocab.json and merges.txt, or with tokenizer.json. bos and eos are
+        <|startoftext|> and <|endoftext|>; pad, unk and mask are eos too, as there are no others.
+      wordpiece: BERT's; `path` is vocab.txt, or a folder with it (and tokenizer_config.json, which
+        says if text is lower-cased) or with tokenizer.json. bos and eos are [CLS] and [SEP].
       sentencepiece: `path` is a .model file, or a folder with exactly one. bos, pad, eos and unk
         are the model's own; those it has none of are appended behind its pieces in this order,
         and <mask> always is, as the last.
@@ -100,8 +108,10 @@ def load(config: Mapping[str, Any]) -> Tokenizer:
         with other rules than GPT-2's.
     """
     kind, path = setting(config, "kind", ""), setting(config, "path", "")
+    if kind == "ids":
+        return _numbers(setting(config, "size", 0))
     if kind not in KINDS:
-        refuse_name("tokenizer.kind", kind, KINDS)
+        refuse_name("tokenizer.kind", kind, [*KINDS, "ids"])
     if kind in _OWN:
         if path:
             raise UserError(
@@ -116,23 +126,36 @@ def load(config: Mapping[str, Any]) -> Tokenizer:
 
 def _load_bpe(folder: pathlib.Path) -> Tokenizer:
     if not folder.is_dir():
-        raise UserError(f"tokenizer.path={folder} is not a folder; name one with {_expected()}")
-    layout = (all((folder / name).is_file() for name in names) for names in layouts.LAYOUTS)
-    names = next(itertools.compress(layouts.LAYOUTS, layout), None)
+        wanted = _listed(layouts.LAYOUTS)
+        raise UserError(f"tokenizer.path={folder} is not a folder; name one with {wanted}")
+    return _from_files(folder, layouts.LAYOUTS, _make_bpe, "a GPT-2 or RoBERTa")
+
+
+def _load_words(kind: str, module, what: str, path: pathlib.Path) -> Tokenizer:
+    known = module.LAYOUTS if path.is_dir() else [(path.name,)]
+    make = lambda names, contents: Tokenizer(kind, *module.make(names, contents))  # noqa: E731
+    return _from_files(path if path.is_dir() else path.parent, known, make, what)
+
+
+def _from_files(folder: pathlib.Path, known, make, what: str) -> Tokenizer:
+    """The tokenizer of the first of the `known` layouts whose files the folder has."""
+    layout = (all((folder / name).is_file() for name in names) for names in known)
+    names = next(itertools.compress(known, layout), None)
     if not names:
-        raise UserError(f"tokenizer.path={folder} has no tokenizer; name one with {_expected()}")
+        wanted = _listed(known)
+        raise UserError(f"tokenizer.path={folder} has no tokenizer; name one with {wanted}")
     contents = tuple(_read(folder / name) for name in names)
     try:
-        return _make_bpe(names, contents)
+        return make(names, contents)
     except Exception as error:  # the library raises what its own checks raise
         raise UserError(
             f"tokenizer.path={folder}: {' or '.join(names)} is damaged or of another kind "
-            f"({_line(error)}); copy the files again, or name a GPT-2 or RoBERTa tokenizer"
+            f"({_line(error)}); copy the files again, or name {what} tokenizer"
         ) from error
 
 
-def _expected() -> str:
-    return ", or ".join(" + ".join(names) for names in reversed(layouts.LAYOUTS))
+def _listed(known) -> str:
+    return ", or ".join(" + ".join(names) for names in reversed(known))
 
 
 @functools.lru_cache(4)  # by content, as a program asks several times for the same tokenizer
@@ -226,6 +249,27 @@ def _open_bytes(data: bytes) -> tuple[Callable, Callable]:
     return encode, lambda ids: bytes(i - _FIRST for i in ids).decode("utf-8", "replace")
 
 
+def _numbers(size: Any) -> Tokenizer:
+    if not (isinstance(size, int) and _FIRST < size <= layouts.MAX_PIECES):
+        raise UserError(
+            f"tokenizer.size={size!r} must lie above {_FIRST} and be at most {layouts.MAX_PIECES}; "
+            "kind=ids needs the rows of the model's table"
+        )
+    return Tokenizer("ids", b"", size, 0, 1, 2, 3, size - 1)
+
+
+def _open_numbers(data: bytes) -> tuple[Callable, Callable]:
+    del data
+
+    def refuse(texts):
+        raise UserError(
+            "tokenizer.kind=ids knows numbers alone, no texts; name the model's vocabulary: "
+            "--config.tokenizer.kind=bpe --config.tokenizer.path=FOLDER, say"
+        )
+
+    return refuse, refuse
+
+
 @functools.lru_cache(2)
 def _sentencepiece(data: bytes) -> Any:
     import sentencepiece
@@ -284,14 +328,19 @@ def _line(error: BaseException) -> str:
 
 _OPEN = {
     "bpe": _open_bpe,
+    "clip": clip.opened,
+    "wordpiece": _open_bpe,
     "sentencepiece": _open_sentencepiece,
     "xlmr": _open_xlmr,
     "bytes": _open_bytes,
+    "ids": _open_numbers,
 }
 KINDS: dict[str, Callable[[pathlib.Path], Tokenizer]] = {
     "small": _load_bpe,
     "small_xlmr": _load_xlmr,
     "bpe": _load_bpe,
+    "clip": functools.partial(_load_words, "clip", clip, "a CLIP"),
+    "wordpiece": functools.partial(_load_words, "wordpiece", wordpiece, "a BERT"),
     "sentencepiece": _load_sentencepiece,
     "xlmr": _load_xlmr,
     "bytes": _load_bytes,

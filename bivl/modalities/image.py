@@ -1,7 +1,7 @@
 """Images: host operations from records to arrays, and the embedding from arrays to tokens.
 
 Config keys read here: batch_size, image_size, mask_ratio, masking, model.{patch_size, width,
-num_heads, positions, embed_init}, augment, image_mean, image_std.
+num_heads, depth, positions, embed_init}, augment, image_mean, image_std.
 """
 
 import math
@@ -27,7 +27,8 @@ from bivl.models.layers import (
 from bivl.models.positions import LearnedPositions, RelativePositionBias, sincos_2d
 from bivl.models.transformer import Tokens
 
-POSITIONS = ("relative", "learned", "sincos", "none")
+RELATIVE = ("relative", "relative_layers")  # one table for all layers, or one each
+POSITIONS = (*RELATIVE, "learned", "sincos", "none")
 
 
 def grid(config) -> tuple[int, int]:
@@ -119,8 +120,8 @@ def train_image(config, record, rng):
         image = augment.color_jitter(image, rng, *a.color_jitter)
     if a.flip:
         image = augment.horizontal_flip(image, rng)
-    scale, ratio = tuple(a.scale), tuple(a.ratio)
-    return augment.random_resized_crop(image, rng, config.image_size, scale, ratio)
+    scale, ratio, kind = tuple(a.scale), tuple(a.ratio), a.get("interpolation", "bicubic")
+    return augment.random_resized_crop(image, rng, config.image_size, scale, ratio, kind)
 
 
 def labelled_ops(config):
@@ -143,7 +144,12 @@ def labelled_ops(config):
 
 
 def _eval_image(config, image):
-    return augment.center_view(image, config.image_size, config.augment.crop_ratio)
+    a, side = config.augment, config.image_size
+    kind = a.get("interpolation", "bicubic")
+    if a.get("squash", False):  # all of it, whatever its shape, as BEiT-3 sees pairs
+        whole = max(a.get("squash_to", 0), side)  # ALIGN cuts out the centre then
+        return augment.center_crop(augment.resize(image, (whole, whole), kind), side)
+    return augment.center_view(image, side, a.crop_ratio, kind)
 
 
 def eval_ops(config):
@@ -208,6 +214,7 @@ class Embed(nn.Module):
     patch_size: int
     width: int
     num_heads: int
+    depth: int
     positions: str
     mask_token: bool
     embed_init: str
@@ -237,8 +244,10 @@ class Embed(nn.Module):
         cls_token = jnp.broadcast_to(cls_token, (x.shape[0], 1, self.width)).astype(x.dtype)
         x = constrain_tokens(jnp.concatenate([cls_token, x], axis=1))
         bias = None
-        if self.positions == "relative":
-            bias = RelativePositionBias(self.grid, self.num_heads, name="relative_position")()
+        if self.positions in RELATIVE:
+            options = {"layers": self.depth if self.positions == "relative_layers" else 0}
+            options |= {"num_heads": self.num_heads, "name": "relative_position"}
+            bias = RelativePositionBias(self.grid, **options)()
         return Tokens(x, special=1, bias=bias)
 
 
@@ -249,13 +258,16 @@ def make_embed(config, dtype: str) -> Embed:
     choice("model.embed_init", m.embed_init, ("beit", "data2vec2"))
     if m.positions == "sincos" and m.width % 4:
         raise UserError(f"config.model.width={m.width} must be a multiple of 4 for sincos")
-    if m.positions == "relative" and not keeps_all(config):
-        raise UserError("config.model.positions='relative' needs all tokens; use sincos or learned")
+    if m.positions in RELATIVE and not keeps_all(config):
+        raise UserError(
+            f"config.model.positions={m.positions!r} needs all tokens; use sincos or learned"
+        )
     return Embed(
         grid(config),
         m.patch_size,
         m.width,
         m.num_heads,
+        m.depth,
         m.positions,
         keeps_all(config),
         m.embed_init,

@@ -18,6 +18,12 @@ def padding_bias(padding, dtype=jnp.float32):
     return jnp.where(padding[:, None, None, :], jnp.finfo(dtype).min / 2, 0).astype(dtype)
 
 
+def causal_bias(length: int, dtype=jnp.float32):
+    """Additive bias [1, 1, L, L] that hides from every token those behind it."""
+    seen = jnp.tril(jnp.ones((length, length), bool))
+    return jnp.where(seen, 0, jnp.finfo(dtype).min / 2).astype(dtype)[None, None]
+
+
 def attend(q, k, v, bias=None, dropout: float = 0.0, key=None):
     """softmax(q k^T / sqrt(d) + bias) v for q, k, v [B, H, L, d]; returns (out, weights).
 

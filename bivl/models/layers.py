@@ -46,6 +46,15 @@ def torch_uniform(fan_in: int) -> Init:
     return init
 
 
+def torch_kernel(key, shape, dtype=jnp.float32):
+    """PyTorch's defaults of kernels [D, F] and heads' [H, d, D], as `torch_uniform`, and of fused
+    q, k, v [D, 3, H, d], Xavier uniform of one matrix (`nn.MultiheadAttention`)."""
+    if len(shape) == 4:
+        bound = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+    return torch_uniform(math.prod(shape[:-1]))(key, shape, dtype)
+
+
 def partitioned(init: Init, axes: tuple) -> Callable:
     """`init` whose result carries its logical axes."""
     return nn.with_logical_partitioning(init, axes)
@@ -181,6 +190,7 @@ class PatchEmbed(nn.Module):
     kernel_init: Init = truncated_normal(0.02)
     bias_init: Init = zeros
     dtype: str = "float32"
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, images):
@@ -190,7 +200,7 @@ class PatchEmbed(nn.Module):
         x = x.reshape(B, (height // p) * (width // p), p, p, C)
         axes = (None, None, None, "embed")
         options = {"kernel_init": self.kernel_init, "bias_init": self.bias_init}
-        options["dtype"] = self.dtype
+        options |= {"dtype": self.dtype, "use_bias": self.use_bias}
         return Projection((self.width,), axes, name="projection", **options)(x)
 
 
@@ -199,8 +209,17 @@ def gelu(x):
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
+def quick_gelu(x):
+    """x sigmoid(1.702 x), which CLIP has in the place of GELU."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
+
+
 class Mlp(nn.Module):
-    """D -> F -> D with exact GELU; `inner_norm` puts a LayerNorm before the second map (sub-LN)."""
+    """D -> F -> D with exact GELU, or another of ACTIVATIONS; `inner_norm` puts a LayerNorm before
+    the second map (sub-LN)."""
 
     hidden: int
     inner_norm: bool = False
@@ -208,11 +227,13 @@ class Mlp(nn.Module):
     dropout: float = 0.0
     dtype: str = "float32"
     kernel_init: Init = truncated_normal(0.02)
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(self, x, deterministic: bool):
         width, options = x.shape[-1], {"kernel_init": self.kernel_init, "dtype": self.dtype}
-        x = gelu(Projection((self.hidden,), ("embed", "mlp"), name="fc1", **options)(x))
+        x = Projection((self.hidden,), ("embed", "mlp"), name="fc1", **options)(x)
+        x = ACTIVATIONS[self.activation](x)
         if self.inner_norm:
             x = LayerNorm(self.eps, self.dtype, name="norm")(x)
         x = nn.Dropout(self.dropout)(x, deterministic)

@@ -26,18 +26,26 @@ def relative_index(grid: tuple[int, int], special: bool = True) -> np.ndarray:
 
 
 class RelativePositionBias(nn.Module):
-    """Learned bias [1, H, L, L] added to attention logits; L = h w (+ 1 for CLS); zero at init."""
+    """Learned bias [1, H, L, L] added to attention logits; L = h w (+ 1 for CLS); zero at init.
+
+    `layers`: each has a table of its own, [N, 1, H, L, L], as in models fine-tuned from BEiT.
+    """
 
     grid: tuple[int, int]
     num_heads: int
     special: bool = True
+    layers: int = 0
 
     @nn.compact
     def __call__(self):
         h, w = self.grid
         rows = (2 * h - 1) * (2 * w - 1) + 3 * self.special
-        table = Vector((rows, self.num_heads), (None, "heads"), zeros, name="table")()
-        return jnp.take(table.T, relative_index(self.grid, self.special), axis=1)[None]
+        shape, axes = (rows, self.num_heads), (None, "heads")
+        if self.layers:
+            shape, axes = (self.layers, *shape), ("layers", *axes)
+        table = jnp.swapaxes(Vector(shape, axes, zeros, name="table")(), -1, -2)
+        bias = jnp.take(table, relative_index(self.grid, self.special), axis=-1)
+        return jnp.expand_dims(bias, -4)
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:

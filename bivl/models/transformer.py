@@ -12,11 +12,13 @@ from bivl.core.config import choice
 from bivl.core.errors import UserError
 from bivl.models.attention import BIASES, Attention, attend, padding_bias
 from bivl.models.layers import (
+    ACTIVATIONS,
     LayerNorm,
     Mlp,
     Vector,
     constrain_tokens,
     drop_path,
+    torch_kernel,
     truncated_normal,
     xavier_uniform,
 )
@@ -30,6 +32,8 @@ INITS = {  # the kernels' initialiser, and what rescales those of a layer afterw
     "normal_beit": (nn.initializers.normal(0.02), "depth"),
     "magneto": (xavier_uniform, "gain"),
     "scratch": (truncated_normal(0.02, 2.0), "gain"),
+    "torch": (torch_kernel, ""),  # but biases are zero
+    "clip": (nn.initializers.normal(1.0), "clip"),
 }
 REMAT = {
     "none": None,
@@ -55,6 +59,7 @@ class EncoderConfig:
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
     layer_drop: float = 0.0
+    activation: str = "gelu"
     input_norm: bool = False
     final_norm: bool = True
     init: str = "truncated"
@@ -76,6 +81,7 @@ class EncoderConfig:
         choice("model.qkv_bias", self.qkv_bias, BIASES)
         choice("model.remat", self.remat, REMAT)
         choice("model.init", self.init, INITS)
+        choice("model.activation", self.activation, ACTIVATIONS)
         for name in RATES:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"config.model.{name}={getattr(self, name)} must lie in [0, 1)")
@@ -103,7 +109,8 @@ class Block(nn.Module):
         options = {"inner_norm": c.norm == "sub", "eps": c.eps, "dtype": c.dtype}
         options["kernel_init"] = INITS[c.init][0]
         self.attention = Attention(c.width, c.num_heads, c.qkv_bias, **options)
-        self.mlp = Mlp(c.mlp_dim, dropout=c.activation_dropout, **options)
+        options |= {"dropout": c.activation_dropout, "activation": c.activation}
+        self.mlp = Mlp(c.mlp_dim, **options)
         self.norm1, self.norm2 = (LayerNorm(c.eps, c.dtype) for _ in range(2))
         if c.layer_scale:
             init = nn.initializers.constant(c.layer_scale)
@@ -148,7 +155,9 @@ def init_blocks(config: EncoderConfig, key):
 
     What rescales them: `depth`, BEiT's `fix_init_weight`: in layer l (from 1) the last matrices of
     both branches by 1 / sqrt(2 l); `gain`, Magneto (arXiv 2210.06423, section 3): the values, the
-    last matrix of attention and both of the FFN by sqrt(ln(2 N)).
+    last matrix of attention and both of the FFN by sqrt(ln(2 N)); `clip`, the text tower of
+    openai/CLIP (`clip/model.py`): q, k, v to std D^-1/2, the first map of the FFN to (2 D)^-1/2,
+    the last matrices to (2 N D)^-1/2.
     """
     c, rule = config, INITS[config.init][1]
     gain = math.sqrt(math.log(2 * c.depth))
@@ -163,6 +172,9 @@ def init_blocks(config: EncoderConfig, key):
         if rule == "gain":
             scales = dict.fromkeys((*last, ("mlp", "fc1")), gain)
             scales["attention", "qkv"] = jnp.array([1.0, 1.0, gain])[:, None, None]
+        if rule == "clip":
+            scales = dict.fromkeys(last, (2 * c.depth * c.width) ** -0.5)
+            scales |= {("attention", "qkv"): c.width**-0.5, ("mlp", "fc1"): (2 * c.width) ** -0.5}
         for (module, name), scale in scales.items():
             kernel = params[module][name]["kernel"]
             params[module][name]["kernel"] = jax.tree.map(lambda k, s=scale: k * s, kernel)
@@ -184,7 +196,8 @@ class Tokens(NamedTuple):
     special: int = 0
     """How many special tokens (CLS, ...) stand before the content tokens."""
     bias: jax.Array | None = None
-    """Added to attention logits; broadcasts to [B, H, L, L]."""
+    """Added to attention logits; broadcasts to [B, H, L, L]. With five axes each layer has its own,
+    which `Encoder` alone understands."""
     padding: jax.Array | None = None
     """bool [B, L], True = pad; absent where nothing can be padded."""
     images: int = 0
@@ -228,11 +241,13 @@ class Encoder(nn.Module):
         rates = jnp.linspace(0.0, c.drop_path, c.depth)
         random = not deterministic and c.is_random
         keys = jax.random.split(self.make_rng("dropout"), c.depth) if random else rates
+        shared, own = (None, bias) if bias is not None and bias.ndim == 5 else (bias, None)
 
         def body(x, layer):
-            params, rate, key = layer
+            params, rate, key, own = layer
             rngs = {"dropout": key} if random else None
-            out = Block(c).apply({"params": params}, x, bias, rate, deterministic, rngs=rngs)
+            added = shared if own is None else own
+            out = Block(c).apply({"params": params}, x, added, rate, deterministic, rngs=rngs)
             if random and c.layer_drop:  # the whole layer, for the whole batch
                 keep = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 - c.layer_drop)
                 out = (jnp.where(keep, out[0], x), *out[1:])
@@ -241,7 +256,7 @@ class Encoder(nn.Module):
 
         if REMAT[c.remat]:
             body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=not c.scan)
-        y, collected = run_layers(body, x, (blocks, rates, keys), c.scan)
+        y, collected = run_layers(body, x, (blocks, rates, keys, own), c.scan)
         if "layers" in collected:
             collected["layers"] = (x, *collected["layers"])
         if c.final_norm:

@@ -3,7 +3,8 @@
 Images as data2vec fine-tunes them (data2vec_vision's `run_class_finetuning.py`, fairseq's
 `models/mae_image_classification.py`): mean of the patches, RandAugment, erasing, Mixup, CutMix and
 smoothing. Texts as RoBERTa does (fairseq `examples/roberta/config/finetuning`): a tanh head on the
-first token. num_classes=1 is regression by squared error.
+first token. num_classes=1 is regression by squared error. `image_text` models classify images alone
+(BEiT-3's `modeling_finetune.py`).
 """
 
 import importlib
@@ -17,8 +18,11 @@ from bivl.core.errors import UserError
 from bivl.core.objective import Objective
 from bivl.modalities import image
 from bivl.models.heads import ClassificationHead
+from bivl.models.multiway import Multiway, MultiwayConfig
 from bivl.models.transformer import Encoder, EncoderConfig
 from bivl.objectives import encoding, mixing
+
+IMAGES = ("image", "image_text")
 
 
 class Classifier(nn.Module):
@@ -29,7 +33,8 @@ class Classifier(nn.Module):
     head: ClassificationHead
 
     def setup(self):
-        self.trunk = Encoder(self.encoder)
+        multiway = isinstance(self.encoder, MultiwayConfig)
+        self.trunk = (Multiway if multiway else Encoder)(self.encoder)
 
     def encode(self, batch, deterministic: bool = True, collect=()):
         """-> (Tokens, Encoded)."""
@@ -49,15 +54,17 @@ def make(config) -> Objective:
     """
     check(config)
     modality = importlib.import_module(f"bivl.modalities.{config.modality}")
-    shown = shortened(config)
-    inputs, classes = modality.inputs(shown), config.num_classes
+    shown, images = shortened(config), config.modality in IMAGES
+    records = image if images else modality
+    inputs, classes = records.inputs(shown), config.num_classes
     scale = config.label_scale if classes == 1 else 1
-    kind = jnp.float32 if classes == 1 else jnp.int32
-    spec = inputs | {"label": jax.ShapeDtypeStruct((config.batch_size,), kind)}
-    if config.modality == "image":
+    unit = jnp.float32 if classes == 1 else jnp.int32
+    spec = inputs | {"label": jax.ShapeDtypeStruct((config.batch_size,), unit)}
+    if images:
         spec["erase"] = jax.ShapeDtypeStruct((config.batch_size, 4), jnp.int32)
     head = ClassificationHead(classes, **config.classifier, eps=config.model.eps)
-    encoder = EncoderConfig.of(config.model, config.dtype)
+    kind = MultiwayConfig if config.modality == "image_text" else EncoderConfig
+    encoder = kind.of(config.model, config.dtype)
     model = Classifier(modality.make_embed(config, config.dtype), encoder, head)
 
     def init(key):
@@ -66,7 +73,7 @@ def make(config) -> Objective:
 
     def loss(params, extras, batch, targets, key):
         rest, wanted = {name: batch[name] for name in inputs}, batch["label"]
-        if config.modality == "image":
+        if images:
             rest["image"], wanted = augmented(config, batch, jax.random.fold_in(key, 1))
         rngs = {"dropout": key}
         logits = model.apply({"params": params}, rest, deterministic=False, rngs=rngs)
@@ -81,7 +88,7 @@ def make(config) -> Objective:
         return jnp.divide(model.apply({"params": params}, batch), scale)
 
     predict = encoding.predictions(encode, modality, config) | {"logits": logits}
-    ops = modality.labelled_ops(shown), modality.eval_ops(shown), modality.preprocess(shown)
+    ops = records.labelled_ops(shown), records.eval_ops(shown), records.preprocess(shown)
     return Objective(spec, init, no_targets, loss, no_update, predict, *ops, checked(classes))
 
 
@@ -134,7 +141,7 @@ def check(config) -> None:
     if not config.label_scale > 0:
         raise UserError(f"config.label_scale={config.label_scale} must be positive")
     choice("classifier.pool", config.classifier.pool, ("mean", "first"))
-    if config.num_classes == 1 and config.modality == "image":
+    if config.num_classes == 1 and config.modality in IMAGES:
         raise UserError("config.num_classes=1 is regression, which Mixup does not know; use texts")
 
 

@@ -11,26 +11,30 @@ import jax.numpy as jnp
 from bivl.core.config import choice
 from bivl.core.errors import UserError
 from bivl.core.objective import Objective
-from bivl.modalities import image_text
+from bivl.modalities import image_text, towers
 from bivl.models.image_text import HeadsConfig
-from bivl.models.multiway import MultiwayConfig
+from bivl.models.multiway import MODALITIES, MultiwayConfig
 from bivl.objectives import streams
+from bivl.objectives import towers as two_towers
 
 POOLS = ("first", "mean")
 FIELDS = {"image": ("image", "mask", "keep"), "text": ("tokens", "inputs")}
 
 
-def info_nce(images, texts, log_scale):
+def info_nce(images, texts, log_scale, smoothing: float = 0.0):
     """Unit vectors [B, E] of images and their texts -> (loss, metrics), all in float32.
 
     The mean of two cross-entropies: of the right text among all for each image, and the reverse.
-    The accuracies are those of the nearest within the batch.
+    `smoothing`: the share of a label that all have alike, the right one too. The accuracies are
+    those of the nearest within the batch.
     """
     logits = jnp.exp(log_scale) * images @ texts.T
     right = jnp.arange(len(logits))
     loss, metrics = 0.0, {"temperature": jnp.exp(-log_scale)}
     for name, rows in (("image_to_text", logits), ("text_to_image", logits.T)):
-        loss = loss - 0.5 * jnp.diagonal(jax.nn.log_softmax(rows)).mean()
+        logs = jax.nn.log_softmax(rows)
+        alike = smoothing * logs.mean() if smoothing else 0.0
+        loss = loss - 0.5 * ((1 - smoothing) * jnp.diagonal(logs).mean() + alike)
         metrics[f"contrast_accuracy/{name}"] = (rows.argmax(-1) == right).mean()
     return loss, metrics
 
@@ -57,6 +61,10 @@ def check(config) -> None:
         choice("contrast.masked", modality, tuple(FIELDS))
     if config.contrast.width < 1:
         raise UserError(f"config.contrast.width={config.contrast.width} must be at least 1")
+    _whole(config)
+
+
+def _whole(config) -> None:
     if config.optimizer.accumulate > 1:
         raise UserError(
             f"config.optimizer.accumulate={config.optimizer.accumulate}: contrast compares the "
@@ -65,13 +73,16 @@ def check(config) -> None:
 
 
 def make(config) -> Objective:
-    """Reads `data` (pairs), `image_size model pair augment contrast.{width, pool, masked} dtype`.
+    """Contrast of a multiway encoder, or of two towers where modality is `towers` (see `_towers`).
+
+    Reads `data` (pairs), `image_size model pair augment contrast.{width, pool, masked} dtype`.
 
     contrast.masked: the modalities that are contrasted masked as in pre-training (pair.mask_ratio,
     mask_ratio), so that few pairs are not learnt by heart (FLIP masks images to go faster, arXiv
     2212.00794).
     """
-    choice("modality", config.modality, ("image_text",))
+    if choice("modality", config.modality, ("image_text", "towers")) == "towers":
+        return _towers(config)
     check(config)
     grid, encoder = image_text.grid(config), MultiwayConfig.of(config.model, config.dtype)
     embed = image_text.make_embed(config, config.dtype)
@@ -109,3 +120,59 @@ def make(config) -> Objective:
     ops = train_ops, image_text.eval_ops(config), image_text.preprocess(config)
     no_targets = lambda *_: {}  # noqa: E731
     return Objective(spec, init, no_targets, loss, update, predict | {"logits": logits}, *ops)
+
+
+def _towers(config) -> Objective:
+    """CLIP and ALIGN. Reads `data` (pairs), `image_size model pair augment contrast`.
+
+    contrast.width: of the common space; contrast.max_scale: the most that similarities are
+    multiplied by in training, 0: no limit; contrast.smoothing: of labels, ALIGN's.
+
+    Batch norms see the whole batch, of all devices together; their running statistics are extras. A
+    model with one tower, or without projections, can be read but not trained.
+    """
+    _whole(config)
+    if config.optimizer.layer_decay != 1:
+        raise UserError("config.optimizer.layer_decay is for models with one encoder; set it to 1")
+    model, spec = two_towers.make_model(config, config.contrast.width), towers.spec(config)
+    top = config.contrast.max_scale
+
+    def loss(params, extras, batch, targets, key):
+        del targets
+        vectors, variables = [], {"params": params, **extras}
+        for name, each in zip(MODALITIES, jax.random.split(key), strict=True):
+            only = {field: batch[field] for field in two_towers.FIELDS[name] if field in batch}
+            options = {"rngs": {"dropout": each}, "method": "embeddings", "mutable": list(extras)}
+            vector, seen = model.apply(variables, only, name, False, **options)
+            vectors.append(vector)
+            variables |= seen
+        scale = model.apply({"params": params}, top, method="log_scale")
+        smoothing = config.contrast.get("smoothing", 0.0)
+        value, metrics = info_nce(vectors[0], vectors[1], scale, smoothing)
+        aux = {"weight": jnp.float32(config.batch_size), "metrics": metrics}
+        return value, aux | {"sums": {name: variables[name] for name in extras}}
+
+    def examples(source):
+        if len(model.present) < 2 or not model.width:
+            raise UserError(
+                f"config.model.towers={model.present}, contrast.width={model.width}: contrast "
+                "needs image and text and a positive width; start from a model that has both"
+            )
+        return source
+
+    def init(key):
+        params, extras = two_towers.init(model, spec, key)
+        return params, {}, extras
+
+    return Objective(
+        spec,
+        init,
+        lambda *_: {},
+        loss,
+        lambda teacher, extras, params, aux, step: (teacher, aux["sums"], {}),
+        two_towers.predictions(model, config),
+        towers.train_ops(config),
+        towers.eval_ops(config),
+        towers.preprocess(config),
+        examples,
+    )

@@ -1,7 +1,8 @@
 """Frozen models that give an objective its targets: a teacher of VQ-KD, a visual tokenizer.
 
 `config.teacher` is {checkpoint, random, config}: where the parameters lie, whether random ones
-shall do instead (smoke runs), and the whole saved config of that checkpoint.
+shall do instead (smoke runs), and the whole saved config of that checkpoint. A converted checkpoint
+has no teacher at hand: `outputs` is then how many classes, or features a patch, it was trained to.
 """
 
 import dataclasses
@@ -32,6 +33,8 @@ class Frozen:
     """Names to functions of (params, extras, batch)."""
     checkpoints: Mapping[str, str]
     """An objective's `frozen`: where the run finds what it loads as `teacher`."""
+    outputs: int = 0
+    """Where it is absent: its classes, or features a patch."""
 
     def state(self, key) -> dict:
         """What an objective keeps as `teacher`: {"teacher": {params, extras}}."""
@@ -57,6 +60,8 @@ def open(config, what: str = "a pre-trained model", needs: str = "") -> Frozen:
     """
     teacher = config.teacher
     if not (teacher.checkpoint or teacher.random):
+        if teacher.get("outputs", 0) and not config.steps:
+            return Frozen(config, lambda key: ({}, {}), {}, {}, teacher.outputs)
         raise UserError(
             f"config.teacher.checkpoint is empty; name a checkpoint of {what}, or set "
             "config.teacher.random=True to try without one"

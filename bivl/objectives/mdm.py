@@ -27,7 +27,7 @@ def make(config) -> Objective:
     """Reads what streams.py reads, and `loss_weights teacher teacher_dtype decoder`."""
     setup = streams.open_streams(config)
     names = tuple(name for name in setup.losses if config.loss_weights[name])
-    if not names:
+    if not names and config.steps:  # without updates it may be an encoder alone
         raise UserError(
             f"config.loss_weights of {', '.join(setup.losses)} are all 0; raise one of them"
         )

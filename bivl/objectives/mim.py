@@ -134,6 +134,11 @@ def check(config) -> None:
             f"config.aggregation.layer={a.layer} must lie between 1 and model.depth={depth} less "
             "one; aggregation.depth=0 goes without"
         )
+    if a.depth and config.model.positions == "relative_layers":
+        raise UserError(
+            "config.model.positions='relative_layers' has no table for the aggregation; use "
+            "'relative'"
+        )
 
 
 def make(config) -> Objective:
@@ -142,7 +147,7 @@ def make(config) -> Objective:
     teacher = frozen.open(config, "a tokenizer, such as vqkd", "codes")
     frozen.check_grid(teacher, config)
     spec, a = image.spec(config), config.aggregation
-    classes = teacher.config.codebook.size
+    classes = teacher.outputs or teacher.config.codebook.size
     hidden = masking.block_count(config.mask_ratio, image.grid(config))
     encoder = EncoderConfig.of(config.model, config.dtype)
     embed = image.make_embed(config, config.dtype)

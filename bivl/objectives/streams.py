@@ -220,7 +220,7 @@ def heads_sizes(config, tokenizer, names) -> dict[str, int]:
     """The classes that the losses `names` need, as HeadsConfig takes them."""
     words = any(LOSSES[name][1] == "text" for name in names)
     embed = image_text.make_embed(config, config.dtype)
-    codes = tokenizer.config.codebook.size if tokenizer else 0
+    codes = tokenizer.outputs or tokenizer.config.codebook.size if tokenizer else 0
     return {"codes": codes, "words": embed.vocabulary if words else 0}
 
 

@@ -28,6 +28,7 @@ from bivl.models.transformer import Encoded, Encoder, EncoderConfig, Tokens
 from bivl.objectives import encoding, frozen
 
 NORMAL = nn.initializers.normal(0.02)
+PROJECTED = "patch_features"
 
 
 class Embed(nn.Module):
@@ -143,14 +144,13 @@ def make(config) -> Objective:
     frozen.check_grid(teacher, config)
     spec, c = image.inputs(config), config.codebook
     encoder = EncoderConfig.of(config.model, config.dtype)
-    sizes = teacher.shape("encode", {"image": seen(teacher, spec["image"])})
     model = VQKD(
         encoder,
         dataclasses.replace(encoder, depth=config.decoder.depth),
         config.model.patch_size,
         image.grid(config),
         c.width,
-        sizes["tokens"].shape[-1],
+        teacher.outputs or features(teacher, spec["image"]),
         tuple(config.image_mean),
         tuple(config.image_std),
     )
@@ -163,8 +163,7 @@ def make(config) -> Objective:
 
     def targets(params, held, extras, batch, key):
         images = frozen.view(teacher, batch["image"])
-        tokens = teacher.tell("encode", held, {"image": images})["tokens"]
-        h, w = image.grid(config)
+        tokens, (h, w) = tell(teacher, held, images), image.grid(config)
         return tokens[:, -h * w :]  # special tokens stand in front
 
     def loss(params, extras, batch, target, key):
@@ -193,10 +192,20 @@ def make(config) -> Objective:
     return Objective(spec, init, targets, loss, updater(config), predict, *ops, **options)
 
 
-def seen(teacher, spec):
-    """Shape of a batch of images as the teacher sees it."""
+def features(teacher, spec) -> int:
+    """How wide the teacher's tokens of a batch of images are."""
     size = teacher.config.image_size
-    return jax.ShapeDtypeStruct((spec.shape[0], size, size, 3), spec.dtype)
+    seen = jax.ShapeDtypeStruct((spec.shape[0], size, size, 3), spec.dtype)
+    if PROJECTED in teacher.predict:
+        return teacher.shape(PROJECTED, {"image": seen}).shape[-1]
+    return teacher.shape("encode", {"image": seen})["tokens"].shape[-1]
+
+
+def tell(teacher, held, images):
+    """The teacher's features [B, L, D'], patches last: projected, as CLIP's are, or its tokens."""
+    if PROJECTED in teacher.predict:
+        return teacher.tell(PROJECTED, held, {"image": images})
+    return teacher.tell("encode", held, {"image": images})["tokens"]
 
 
 def train_ops(config):

@@ -22,6 +22,12 @@ the folder 1h in it) and eval_data.test.dir LIBRISPEECH. Training scores greedil
 model: python -m bivl.evaluate --checkpoint=DIR --config.eval_data.test.split=test-other
 --config.eval.wer.decoder=beam --config.eval.wer.lm=ARPA.
 
+Official files (fairseq `examples/data2vec/README.md`), with `dict.ltr.txt` beside them:
+`audio_base_ls_10m.pt`, `_100h`, `_960h` and `vox_10m.pt`, `_100h`, `_960h`; of 2.0
+`base_libri_960h.pt` and `large_vox_960h.pt`; Hugging Face's `data2vec-audio-base-960h` and its kin.
+After python -m bivl.convert --source=audio_base_ls_960h.pt --out=DIR the command above gives their
+scores, with --config.data.dir=LIBRISPEECH and the 4-gram model of LibriSpeech as ARPA.
+
 Follows fairseq's `examples/wav2vec/config/finetuning`, where every dropout but that of activations
 is 0. Its base files say `normalize: false`, which contradicts pre-training and fails there: ours
 normalise. Channels are masked without fairseq's equal counts in a batch.

@@ -10,6 +10,13 @@ size=tiny    128 x 4 x 4 on 64 px, scikit-learn's digits; two CPU cores; no publ
              PRETRAINED is one of configs/pretrain/data2vec2_image.py:size=tiny, or none.
 smoke        20 updates of `tiny` on synthetic images, under a minute on two CPU cores.
 
+Official files (fairseq `examples/data2vec/README.md`): PRETRAINED is what bivl.convert makes of
+`base_imagenet.pt`, `large_imagenet.pt` or `huge_imagenet.pt`; fine-tuned are `base_imagenet_ft.pt`,
+`large_imagenet_ft.pt` (86.8) and `huge_imagenet_ft.pt`:
+
+    python -m bivl.convert --source=large_imagenet_ft.pt --out=DIR
+    python -m bivl.evaluate --checkpoint=DIR --config.data.dir=PREPARED_IMAGENET
+
 Follows fairseq's `config/vision/finetuning/mae_imagenet_clean.yaml`, `_large_clean`, `_huge_clean`
 and `models/mae_image_classification.py`: the embedding, the norm before the blocks and the head
 keep the full rate, and everything is decayed, as their exclusions never take effect.

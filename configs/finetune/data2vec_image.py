@@ -10,6 +10,15 @@ size=tiny    128 x 4 x 4 on 64 px, scikit-learn's digits; two CPU cores, two min
              score. PRETRAINED is one of configs/pretrain/data2vec_image.py:size=tiny, or none.
 smoke        20 updates of `tiny` on synthetic images, under a minute on two CPU cores.
 
+Official files: PRETRAINED is what bivl.convert makes of `base_800/checkpoint-799.pth`, for large of
+`large_1600/checkpoint-799.pth` (data2vec_vision's README), or of Hugging Face's
+`data2vec-vision-base` and `-large`. The fine-tuned ones are `data2vec-vision-base-ft1k` (84.2) and
+`-large-ft1k` (86.6), in which each layer has a table of its own (model.positions=relative_layers):
+
+    python -m bivl.convert --source=data2vec-vision-base-ft1k --out=DIR
+    python -m bivl.evaluate --checkpoint=DIR --config.data.dir=PREPARED_IMAGENET \
+        --config.augment.squash=false
+
 Follows data2vec_vision's `run_class_finetuning.py` and the commands of its README: mean of the
 patches, LayerNorm and a linear map that begins near zero; the final norm of pre-training is left
 out; the embedding has the lowest rate, the shared table of relative positions the full one. The

@@ -16,6 +16,10 @@ size=tiny    128 x 4 x 4, the names of the packaged emoji by category; two CPU c
              score. PRETRAINED is of the same version's size=tiny, or none.
 smoke        20 updates of `tiny`, under a minute on two CPU cores.
 
+Official files: PRETRAINED is what bivl.convert makes of `nlp_base.pt`, data2vec's or data2vec2's
+(fairseq `examples/data2vec/README.md`), or of Hugging Face's `data2vec-text-base`. No fine-tuned
+one is published.
+
 Follows fairseq's `examples/roberta/config/finetuning` (2.0: `config/v2/text_finetuning`): a tanh
 head on <s>, polynomial decay, every parameter decayed. STS-B's scores are learned as fifths, which
 its preprocessing makes of them. CoLA's train.tsv and dev.tsv lack the line that names the columns:

@@ -17,6 +17,9 @@ size=tiny    128 x 4 on 48 px emoji, their keywords and `pydoc`, or scenes
              (data=scenes): minutes on two CPU cores.
 smoke        20 updates of `tiny` with a tokenizer that has learned nothing.
 
+Official files, for bivl.convert: `beit3_{base,large}_patch16_224.pth`, the same with `_indomain`,
+and `beit3.spm` beside them.
+
 The tokenizer is a checkpoint of configs/pretrain/vqkd.py. Pre-training code was never published;
 what the paper leaves open is set here: all losses weigh 1 (loss_weights); both sides of a pair are
 masked (pair.corrupt); 80 % of chosen words become <mask>, 10 % another word and 10 % stay, as in

@@ -11,6 +11,9 @@ size=small   384 x 12 x 6, one GPU or TPU chip; no published score.
 size=tiny    128 x 4 x 4 on 64 px, two CPU cores; no published score.
 smoke        20 updates of `tiny` on synthetic images, under a minute on two CPU cores.
 
+Official files, for bivl.convert: `base_imagenet.pt`, `large_imagenet.pt`, `huge_imagenet.pt`
+(fairseq `examples/data2vec/README.md`); with --teacher their averaged model comes along.
+
 Follows fairseq's `config/v2/base_images_only_task.yaml` and siblings. What is ours: ViT-B has 12
 equal blocks of which the last 10 give targets (its file calls the first two a prenet); the CLS loss
 has an explicit weight, that of its sum over one GPU's rows (2.56 for 16 images x 16 masks, 1.28

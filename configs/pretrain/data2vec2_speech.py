@@ -11,6 +11,9 @@ size=large   Libri-light, 600,000 updates of 64 crops x 12 masks; the teacher st
 size=tiny    128 x 4 x 4, crops of 1.5 s of an invented language; two CPU cores.
 smoke        20 updates of `tiny`, under a minute on two CPU cores.
 
+Official files, for bivl.convert: `base_libri.pt` and `large_vox.pt` (fairseq
+`examples/data2vec/README.md`); with --teacher their averaged model comes along.
+
 Follows fairseq's `examples/data2vec/config/v2/base_audio_only_task.yaml` and its large sibling, in
 which blocks mark what is masked, not what is kept (`inverse_mask: false`), though the paper
 presents inverse block masking. There, crops and masks are cropped apart, so that counts drift; not

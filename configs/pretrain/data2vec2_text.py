@@ -9,6 +9,9 @@ size=large   600,000 updates of 64 blocks, lr 1e-4, 32 GPUs; the same.
 size=tiny    128 x 4 x 4, 64 bytes of the interpreter's own documentation; two CPU cores.
 smoke        20 updates of `tiny`, under a minute on two CPU cores.
 
+Official file, for bivl.convert: data2vec2's `nlp_base.pt` (fairseq `examples/data2vec/README.md`)
+beside RoBERTa's `encoder.json`, `vocab.bpe` and `dict.txt`.
+
 Follows fairseq's `examples/data2vec/config/v2/base_text_only_task.yaml` and its large sibling, the
 learned embeddings' dropout included, which the teacher shares with the student there
 (target.embed_dropout). The file `large_text_only_task_pgrp_1M.yaml` differs in loss.beta=4 and a

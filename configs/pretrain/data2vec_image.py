@@ -12,6 +12,11 @@ size=small   384 x 12 x 6, one GPU or TPU chip; no published score.
 size=tiny    128 x 4 x 4 on 64 px, two CPU cores; no published score.
 smoke        20 updates of `tiny` on synthetic images, under a minute on two CPU cores.
 
+Official files, for bivl.convert: `base_800/checkpoint-799.pth`, `large_800/checkpoint-799.pth`
+(after stage 1), `large_1600/checkpoint-799.pth` of data2vec_vision's README; Hugging Face's
+`data2vec-vision-base` and `data2vec-vision-large`. configs/finetune/data2vec_image.py has their
+scores.
+
 Follows the code of facebookresearch/data2vec_vision (its README's commands), not the paper, where
 they differ: batch 2,048 and 10 warm-up epochs for base, batch 4,096 for large, end-of-block targets
 normalised per layer and after averaging, loss averaged over masked tokens and channels, constant

@@ -11,6 +11,9 @@ size=small   384 x 12 x 6, one GPU or TPU chip; no published score.
 size=tiny    128 x 4 x 4, crops of 1 s of an invented language; two CPU cores.
 smoke        20 updates of `tiny`, under a minute on two CPU cores.
 
+Official files, for bivl.convert: `audio_base_ls.pt`, and of Libri-light `vox_pretrained.pt`
+(fairseq `examples/data2vec/README.md`); Hugging Face's `data2vec-audio-base` and `-large`.
+
 Follows fairseq's `examples/data2vec/config/audio/pretraining/base_librispeech.yaml`: the last phase
 of the schedule decays exponentially (the paper says linearly), convolutional positions are the
 student's (the released checkpoint says that the teacher had its own: --config.ema_shared=

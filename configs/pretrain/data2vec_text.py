@@ -9,6 +9,9 @@ size=small   384 x 12 x 6, one GPU or TPU chip; no published score.
 size=tiny    128 x 4 x 4, 64 bytes of the interpreter's own documentation; two CPU cores.
 smoke        20 updates of `tiny`, under a minute on two CPU cores.
 
+Official files, for bivl.convert: data2vec's `nlp_base.pt` (fairseq `examples/data2vec/README.md`)
+beside RoBERTa's `encoder.json`, `vocab.bpe` and `dict.txt`, or Hugging Face's `data2vec-text-base`.
+
 Follows fairseq's `examples/data2vec/config/text/pretraining/base.yaml`. There the teacher reads the
 masked tokens alone, not the whole text as the paper says (fairseq issue 4881): target.input=masked
 follows the code that was released, `full` the paper. The paper's main row masks as BERT does:

@@ -13,6 +13,10 @@ size=tiny    128 x 4 x 4 and 256 codes on 64 px emoji, two CPU cores; no publish
 smoke        20 updates of `tiny` on synthetic images with a random teacher, under a minute on two
              CPU cores.
 
+Official files, for bivl.convert, and their codes in use:
+`vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth` 97 %, `..._1x768x12_clip-d93179da.pth` 100 %,
+`..._1x768x12_dino-663c55d7.pth` 100 %.
+
 TEACHER is a checkpoint of any model of images here with as many patches to an image, for `tiny`
 one of configs/pretrain/data2vec_image.py:size=tiny. Its features are those of the last layer after
 the final norm; its images are normalised its own way. Follows `beit2/run_vqkd_training.py`, but the

@@ -150,6 +150,18 @@ def test_kinds_and_paths():
     assert "is not a folder" in message("bpe", "/nowhere/at/all")
 
 
+def test_numbers_alone():
+    """A vocabulary that is not at hand: its size and special ids, and a cure for texts."""
+    ids = tokenizers.load({"kind": "ids", "size": 41})
+    assert (ids.size, ids.special) == (41, (0, 1, 2, 3, 40))
+    for use in (lambda: ids.encode("a text"), lambda: ids.decode([7])):
+        with pytest.raises(UserError, match="--config.tokenizer.kind=bpe"):
+            use()
+    for size in (None, 4, 2**40, "many", 8.5):
+        with pytest.raises(UserError, match="tokenizer.size"):
+            tokenizers.load({"kind": "ids", "size": size})
+
+
 # Files of byte-level BPE
 
 

@@ -31,6 +31,19 @@ def test_what_train_loads():
     assert opened({"random": False, "checkpoint": "a/b"}).checkpoints == {"teacher": "a/b"}
 
 
+def test_one_that_is_not_at_hand():
+    """Of a converted checkpoint, which says how many outputs it had; updates need it."""
+    config = small_vqkd()
+    with config.unlocked():
+        config.teacher = {"checkpoint": "", "random": False, "config": {}, "outputs": 7}
+    with pytest.raises(UserError, match="config.teacher.checkpoint is empty"):
+        frozen.open(config, needs="codes")
+    config.steps = 0
+    found = frozen.open(config, needs="codes")
+    assert found.outputs == 7 and not found.checkpoints and not found.predict
+    assert found.state(None) == {"teacher": {"params": {}, "extras": {}}}
+
+
 def test_it_computes_in_the_dtype_of_teachers():
     config = small_vqkd({"teacher_dtype": "bfloat16"})
     assert config.teacher.config.dtype == "float32"

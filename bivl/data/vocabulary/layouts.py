@@ -33,8 +33,8 @@ def parse(
     if names == ("tokenizer.json",):
         vocabulary, merges, prefix = _parse_tokenizer_json(vocabulary)
     else:
-        merges = _parse_merges(texts[1])
-    _check_vocabulary(vocabulary)
+        merges = parse_merges(texts[1])
+    check_vocabulary(vocabulary)
     if "dict.txt" in names:
         vocabulary, size = _fairseq_ids(vocabulary, texts[2])
     else:
@@ -49,14 +49,16 @@ def parse(
     return vocabulary, merges, size, prefix
 
 
-def _parse_merges(text: str) -> Merges:
+def parse_merges(text: str) -> Merges:
+    """The lines of merges.txt."""
     # Only \n ends a line: pieces hold other characters that splitlines would take for ends.
     lines = [line.rstrip("\r") for line in text.split("\n")]
     lines = lines[1:] if lines[0].startswith("#version") else lines
-    return [_pair(line.split(" ")) for line in lines if line]
+    return [pair(line.split(" ")) for line in lines if line]
 
 
-def _pair(parts: Any) -> tuple[str, str]:
+def pair(parts: Any) -> tuple[str, str]:
+    """One merge."""
     if not (isinstance(parts, list) and len(parts) == 2 and all(type(p) is str for p in parts)):
         raise ValueError(f"{str(parts)[:80]} is no merge of two pieces")
     return parts[0], parts[1]
@@ -64,7 +66,7 @@ def _pair(parts: Any) -> tuple[str, str]:
 
 def _parse_tokenizer_json(tree: Any) -> tuple[dict[str, int], Merges, bool]:
     """(vocabulary, merges, add_prefix_space). Rules other than GPT-2's are refused."""
-    model, splitter = (_mapping(tree, key) for key in ("model", "pre_tokenizer"))
+    model, splitter = (mapping(tree, key) for key in ("model", "pre_tokenizer"))
     if model.get("type", "BPE") != "BPE" or splitter.get("type") != "ByteLevel":
         raise ValueError("it is no byte-level BPE")
     if tree.get("normalizer") or not splitter.get("use_regex", True):
@@ -73,7 +75,12 @@ def _parse_tokenizer_json(tree: Any) -> tuple[dict[str, int], Merges, bool]:
     for rule in (*rules, "ignore_merges"):
         if model.get(rule):
             raise ValueError(f"its model.{rule} is set, which GPT-2 has not")
-    vocabulary = dict(_mapping(model, "vocab"))
+    return *pieces_of(tree, model), bool(splitter.get("add_prefix_space"))
+
+
+def pieces_of(tree: dict[str, Any], model: dict[str, Any]) -> tuple[dict[str, int], Merges]:
+    """(vocabulary, merges) of a tokenizer.json whose rules are known, added tokens included."""
+    vocabulary = dict(mapping(model, "vocab"))
     merges, added = model.get("merges"), tree.get("added_tokens") or []
     if not isinstance(merges, list) or not isinstance(added, list):
         raise ValueError("its merges or added_tokens are no list")
@@ -81,18 +88,19 @@ def _parse_tokenizer_json(tree: Any) -> tuple[dict[str, int], Merges, bool]:
         name = token.get("content") if isinstance(token, dict) else None
         if type(name) is not str or vocabulary.setdefault(name, token.get("id")) != token.get("id"):
             raise ValueError(f"the added token {str(token)[:80]} contradicts the vocabulary")
-    pairs = [_pair(m.split(" ") if isinstance(m, str) else m) for m in merges]
-    return vocabulary, pairs, bool(splitter.get("add_prefix_space"))
+    return vocabulary, [pair(m.split(" ") if isinstance(m, str) else m) for m in merges]
 
 
-def _mapping(tree: Any, key: str) -> dict[str, Any]:
+def mapping(tree: Any, key: str) -> dict[str, Any]:
+    """tree[key], if it is a mapping."""
     value = tree.get(key) if isinstance(tree, dict) else None
     if not isinstance(value, dict):
         raise ValueError(f"it has no mapping {key!r}")
     return value
 
 
-def _check_vocabulary(vocabulary: Any) -> None:
+def check_vocabulary(vocabulary: Any) -> None:
+    """ValueError unless the pieces have the ids 0, 1, 2 and so on."""
     if not isinstance(vocabulary, dict) or not 0 < len(vocabulary) <= MAX_PIECES:
         raise ValueError("the vocabulary is no mapping of pieces to ids, or too large")
     ids = set(vocabulary.values()) if all(type(i) is int for i in vocabulary.values()) else ()
