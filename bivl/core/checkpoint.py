@@ -221,10 +221,7 @@ class Checkpoints:
         time, at least its largest array; None: all of it, so that training goes on meanwhile."""
         self.directory = Path(directory).resolve()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=max(keep, 1),
-            cleanup_tmp_directories=True,
-            create=True,
-            enable_async_checkpointing=write_gb is None,
+            max_to_keep=max(keep, 1), cleanup_tmp_directories=True, create=True
         )
         handlers = {}
         if write_gb is not None:

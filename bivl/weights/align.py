@@ -126,7 +126,13 @@ def views(folder) -> dict[str, Any]:
     whole, crop = (vocabularies.side(given.get(key)) for key in ("size", "crop_size"))
     if not given.get("do_center_crop", False):
         crop = whole
-    if not (_three([scale] * 3) and scale and _three(means) and _three(stds) and all(stds)):
+    if not (
+        vocabularies.three([scale] * 3)
+        and scale
+        and vocabularies.three(means)
+        and vocabularies.three(stds)
+        and all(stds)
+    ):
         raise UserError(f"{folder / 'preprocessor_config.json'} is no preprocessor; copy it again")
     if crop > whole:
         raise UserError(
@@ -145,11 +151,6 @@ def views(folder) -> dict[str, Any]:
     if not crop:
         return changes
     return changes | {"image_size": crop, "augment.crop_ratio": crop / whole}
-
-
-def _three(value) -> bool:
-    alike = isinstance(value, list) and len(value) == 3
-    return alike and all(_number(x) and 0 <= x < 2**31 for x in value)
 
 
 def starts(weights) -> dict[str, str]:

@@ -7,7 +7,6 @@ which is the same model: --family tells them apart where each layer has no table
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 
 from bivl.core.errors import UserError
 from bivl.weights import beit_export, vocabularies
@@ -87,7 +86,8 @@ def huggingface(weights, folder) -> Plan:
     if has(names.table) and has(names.own_table.replace("@", "0")):
         raise UserError(f"the model has both {names.table} and tables of each layer; not supported")
     eps = config.get("layer_norm_eps", 1e-12)
-    changes, pooler = views(folder), has(f"{start}pooler.layernorm.weight")
+    changes = {"image_mean": HALF, "image_std": HALF} | vocabularies.views(folder)
+    pooler = has(f"{start}pooler.layernorm.weight")
     bare = not (has(names.norm) or has("layernorm.weight"))  # under a head of another kind, say
     if pooler or bare or has(names.logits):
         head = "mean" if pooler or bare else "first"
@@ -104,32 +104,6 @@ def huggingface(weights, folder) -> Plan:
     names = names._replace(norm=f"{last}.weight", head="lm_head.weight")
     plan = pretrained(weights, names, tables.masked(start, last), eps)
     return dataclasses.replace(plan, changes={**plan.changes, **changes})
-
-
-def views(folder) -> dict:
-    """Changes that preprocessor_config.json beside the weights asks for; else BEiT's statistics."""
-    file = folder / "preprocessor_config.json" if folder else None
-    found = vocabularies.read_json(file) if file and file.is_file() else {}
-    if not isinstance(found, Mapping):
-        raise UserError(f"{file} holds no settings; copy it again")
-    changes: dict = {"image_mean": HALF, "image_std": HALF}
-    for key in changes:
-        given = found.get(key)
-        if isinstance(given, list) and len(given) == 3:
-            changes[key] = tuple(given)
-    if not found:
-        return changes
-    if not found.get("do_center_crop", True):
-        return changes | {"augment.squash": True}
-    whole, crop = _side(found.get("size")), _side(found.get("crop_size"))
-    return changes | ({"augment.crop_ratio": min(1.0, crop / whole)} if whole and crop else {})
-
-
-def _side(size) -> int:
-    """The side of a square that a preprocessor means; 0 if it says none."""
-    if isinstance(size, Mapping):
-        size = size.get("shortest_edge", size.get("height"))
-    return size if isinstance(size, int) and size > 0 else 0
 
 
 def is_huggingface_2(weights, asked: bool) -> bool:

@@ -116,18 +116,13 @@ def views(weights, folder, side: int | None) -> dict:
     changes = {
         key: tuple(float(x) for x in given[key])
         for key in ("image_mean", "image_std")
-        if _three(given.get(key))
+        if vocabularies.three(given.get(key)) and all(given[key])
     }
     size = given.get("size")
     size = size.get("shortest_edge") if isinstance(size, dict) else size
     if given.get("do_center_crop", True) and isinstance(size, int) and size >= side:
         changes["augment.crop_ratio"] = side / size
     return changes
-
-
-def _three(value) -> bool:
-    alike = isinstance(value, list) and len(value) == 3
-    return alike and all(type(x) in (int, float) and 0 < x < 2**31 for x in value)
 
 
 def towers_plan(weights, folder, both: Mapping, settings: Mapping, table, notes=()) -> Plan:

@@ -28,15 +28,11 @@ def built(model, wanted: dict) -> bool:
     return all(model.get(key, defaults.get(key)) == value for key, value in wanted.items())
 
 
-def encoder(config, origin: Origin, kind: str, tuned: str) -> tuple[dict, str]:
-    """(what all of config.json's share, what stands before the encoder's names).
-
-    `tuned`: the ending of the class where a head is ours, else "".
-    """
-    m, start = config.model, f"data2vec_{kind}."
-    fresh = {"architectures": [f"Data2Vec{kind.capitalize()}{tuned or 'Model'}"]}
-    settings = {**fresh, **origin.config} | {
-        "model_type": f"data2vec-{kind}",
+def sizes(config, origin: Origin, model_type: str, architecture: str) -> dict:
+    """What config.json says of an encoder of any kind; what else the source's said stays."""
+    m = config.model
+    return {"architectures": [architecture], **origin.config} | {
+        "model_type": model_type,
         "dtype": "float32",
         "hidden_size": m.width,
         "num_hidden_layers": m.depth,
@@ -45,6 +41,16 @@ def encoder(config, origin: Origin, kind: str, tuned: str) -> tuple[dict, str]:
         "hidden_act": "gelu",
         "layer_norm_eps": m.eps,
     }
+
+
+def encoder(config, origin: Origin, kind: str, tuned: str) -> tuple[dict, str]:
+    """(what all of config.json's share, what stands before the encoder's names).
+
+    `tuned`: the ending of the class where a head is ours, else "".
+    """
+    start = f"data2vec_{kind}."
+    name = f"Data2Vec{kind.capitalize()}{tuned or 'Model'}"
+    settings = sizes(config, origin, f"data2vec-{kind}", name)
     bare = not (tuned or any(name.startswith(start) for name in origin.names))
     return settings, "" if bare else start
 
@@ -74,7 +80,22 @@ def image(config, ours, origin: Origin) -> Export | None:
             "after pooling; this model has others"
         )
     settings, start = encoder(config, origin, "vision", "ForImageClassification" if tuned else "")
-    settings |= {
+    settings |= patches(config, origin, mean)
+    other = tables.RELATIVE if m.positions == "relative_layers" else f"{tables.RELATIVE}[n]"
+    table = tuple(rule for rule in tables.HUGGINGFACE_IMAGE if rule.path != other)
+    if tuned:
+        settings = labels(settings, config.num_classes)
+        table = (*under(start, table), *pair("classifier", "head/logits"))
+        return Export(settings, table, files={"preprocessor_config.json": views(config)})
+    files = {"preprocessor_config.json": views(config)}
+    return Export(settings, under(start, table), NO_PLACE, files=files)
+
+
+def patches(config, origin: Origin, mean: bool) -> dict:
+    """What config.json says of an encoder of images as BEiT's and data2vec's are; `mean`: whether
+    patches are averaged behind it."""
+    m = config.model
+    return {
         "image_size": config.image_size,
         "patch_size": m.patch_size,
         "use_mask_token": "embed/mask_token/value" not in origin.absent,
@@ -84,14 +105,6 @@ def image(config, ours, origin: Origin) -> Export | None:
         "layer_scale_init_value": m.layer_scale,
         "use_mean_pooling": mean,
     }
-    other = tables.RELATIVE if m.positions == "relative_layers" else f"{tables.RELATIVE}[n]"
-    table = tuple(rule for rule in tables.HUGGINGFACE_IMAGE if rule.path != other)
-    if tuned:
-        settings = labels(settings, config.num_classes)
-        table = (*under(start, table), *pair("classifier", "head/logits"))
-        return Export(settings, table, files={"preprocessor_config.json": views(config)})
-    files = {"preprocessor_config.json": views(config)}
-    return Export(settings, under(start, table), NO_PLACE, files=files)
 
 
 def views(config) -> dict:

@@ -15,6 +15,7 @@ from bivl.weights import matching
 from bivl.weights import report as reports
 from bivl.weights.rules import Rule
 from bivl.weights.safetensors import KINDS
+from bivl.weights.tensors import DTYPES
 
 NAMES = {dtype: kind for kind, dtype in KINDS.items()}
 
@@ -63,7 +64,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Saved]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, tensor in tensors.items():
-        size = math.prod(tensor.shape) * np.dtype(_dtype(tensor.dtype)).itemsize
+        size = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
         place = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
         header[name] = place | {"data_offsets": [start, start + size]}
         start += size
@@ -72,15 +73,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Saved]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            value = tensor.make().astype(_dtype(tensor.dtype))
+            value = tensor.make().astype(DTYPES[tensor.dtype])
             assert value.shape == tensor.shape
             file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-
-
-def _dtype(name: str):
-    import ml_dtypes
-
-    return np.dtype(getattr(ml_dtypes, name, None) or name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,12 +88,18 @@ def views(folder: Path | None) -> dict[str, Any]:
     found, changes = preprocessor(folder), {}
     for key in ("image_mean", "image_std"):
         given = found.get(key)
-        if isinstance(given, list) and len(given) == 3 and found.get("do_normalize", True):
+        if three(given) and found.get("do_normalize", True):
             changes[key] = tuple(map(float, given))
     if found and not found.get("do_center_crop", True):
         return changes | {"augment.squash": True}
     whole, crop = (side(found.get(key)) for key in ("size", "crop_size"))
     return changes | ({"augment.crop_ratio": min(1.0, crop / whole)} if whole and crop else {})
+
+
+def three(value) -> bool:
+    """Whether this is a list of three numbers, one for each colour."""
+    alike = isinstance(value, list) and len(value) == 3
+    return alike and all(type(x) in (int, float) and 0 <= x < 2**31 for x in value)
 
 
 def side(size) -> int:

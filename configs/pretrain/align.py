@@ -23,6 +23,7 @@ Images are cut out of larger ones by area, where the paper squashes them to 346 
 """
 
 from configs import common
+from configs.pretrain import clip
 
 # size: scales of width and depth, the text's width, depth, heads, common space, batch, rate
 SIZES = {
@@ -118,28 +119,15 @@ def get_config(text=None):
     else:
         c.checkpoint.every = 5000
     if chosen["smoke"]:
-        smoke(c)
+        clip.smoke(c)
     return c
 
 
 def tiny(c):
     """64 px emoji with their keywords."""
-    c.image_size = 64
-    emoji = {"kind": "emoji", "fields": {"text": "keywords"}}
-    c.data, c.eval_data.train = common.data(**emoji), common.data(**emoji)
-    c.eval_data.test = common.data(**emoji, split="test")
+    clip.emoji(c)
     c.augment.update({"scale": (0.5, 1.0), "squash_to": 0, "crop_ratio": 1.0})
     c.tokenizer.kind, c.pair.length, c.model.text.rows = "small_xlmr", 32, 32
     c.steps, c.log_every, c.checkpoint.every, c.optimizer.warmup_steps = 1000, 10, 500, 50
     # A divisor moves by no more than a rate a step: from 1 it would not get there.
     c.contrast.temperature = 0.07
-
-
-def smoke(c):
-    """20 updates."""
-    c.steps, c.batch_size, c.log_every, c.optimizer.warmup_steps = 20, 32, 1, 5
-    for part in (c.data, c.eval_data.train, c.eval_data.test):
-        part.update({"kind": "synthetic", "image_size": 64, "num_examples": 256})
-        part.fields.text = ""
-    c.eval_data.test.num_examples = 64
-    c.checkpoint.every, c.loader.threads = 10, 2

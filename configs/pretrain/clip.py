@@ -118,17 +118,22 @@ def transformer(width: int, depth: int, heads: int, tall: bool) -> dict:
 
 def tiny(c):
     """64 px emoji with their keywords."""
-    c.image_size = 64
-    emoji = {"kind": "emoji", "fields": {"text": "keywords"}}
-    c.data, c.eval_data.train = common.data(**emoji), common.data(**emoji)
-    c.eval_data.test = common.data(**emoji, split="test")
+    emoji(c)
     c.augment.update({"flip": True, "scale": (0.5, 1.0)})
     c.tokenizer.kind, c.pair.length, c.model.text.rows = "small_xlmr", 32, 32
     c.steps, c.log_every, c.checkpoint.every, c.optimizer.warmup_steps = 1000, 10, 500, 50
 
 
+def emoji(c):
+    """Pairs of emoji and their keywords, to train and to evaluate with."""
+    c.image_size = 64
+    pairs = {"kind": "emoji", "fields": {"text": "keywords"}}
+    c.data, c.eval_data.train = common.data(**pairs), common.data(**pairs)
+    c.eval_data.test = common.data(**pairs, split="test")
+
+
 def smoke(c):
-    """20 updates."""
+    """20 updates on synthetic pairs."""
     c.steps, c.batch_size, c.log_every, c.optimizer.warmup_steps = 20, 32, 1, 5
     for part in (c.data, c.eval_data.train, c.eval_data.test):
         part.update({"kind": "synthetic", "image_size": 64, "num_examples": 256})

@@ -20,6 +20,7 @@ are squares and keep all of their patches. Masked are whole words where the toke
 """
 
 from configs import common
+from configs.pretrain import clip
 
 SIZES = {
     # size: width, depth, heads, patch, image, text, batch, updates, warm-up, rate
@@ -85,26 +86,14 @@ def get_config(text=None):
     else:
         c.checkpoint.every = 5000
     if chosen["smoke"]:
-        smoke(c)
+        clip.smoke(c)
     return c
 
 
 def tiny(c):
     """64 px emoji with their keywords."""
-    emoji = {"kind": "emoji", "fields": {"text": "keywords"}}
-    c.data, c.eval_data.train = common.data(**emoji), common.data(**emoji)
-    c.eval_data.test = common.data(**emoji, split="test")
+    clip.emoji(c)
     c.augment.update({"flip": True, "scale": (0.5, 1.0)})
     c.tokenizer.kind = "small_xlmr"
     c.evaluators = ("knn",)
     c.log_every, c.checkpoint.every = 10, 500
-
-
-def smoke(c):
-    """20 updates."""
-    c.steps, c.batch_size, c.log_every, c.optimizer.warmup_steps = 20, 32, 1, 5
-    for part in (c.data, c.eval_data.train, c.eval_data.test):
-        part.update({"kind": "synthetic", "image_size": 64, "num_examples": 256})
-        part.fields.text = ""
-    c.eval_data.test.num_examples = 64
-    c.checkpoint.every, c.loader.threads = 10, 2

@@ -1,13 +1,10 @@
 """transformers' ALIGN with random weights, written, converted and loaded; and back again."""
 
-import json
-
 import numpy as np
 import pytest
 
-import bivl
 from bivl import convert
-from bivl.weights import files
+from conversions import close, converted, give_back, reloaded
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -95,18 +92,6 @@ def their_files(folder, kind=None):
     return tokenizer
 
 
-def close(ours, theirs):
-    assert ours.shape == tuple(theirs.shape)
-    np.testing.assert_allclose(np.asarray(ours), theirs.numpy(), rtol=0, atol=1e-4)
-
-
-def converted(folder, *flags):
-    convert.main([f"--source={folder}/theirs", f"--out={folder}/ours", *flags])
-    report = json.loads((folder / "ours" / "conversion.json").read_text())
-    assert report["family"] == "align" and not report["missing"] and not report["unused"]
-    return bivl.load(folder / "ours")
-
-
 def flat(maps):
     """[B, D, h, w] -> [B, h w, D]."""
     return maps.flatten(2).transpose(1, 2)
@@ -164,7 +149,7 @@ def test_there_and_back(name, tmp_path):
         tokenizer = their_files(tmp_path / "theirs", "new" if name == "text" else None)
         if name == "odd":
             (tmp_path / "theirs" / "preprocessor_config.json").unlink()
-    loaded, ours, theirs = converted(tmp_path), {}, {}
+    loaded, ours, theirs = converted("align", tmp_path), {}, {}
     towers = loaded.config.model.towers
     if "image" in towers:
         batch, given = assert_image(model, loaded)
@@ -174,21 +159,8 @@ def test_there_and_back(name, tmp_path):
         ours, theirs = ours | batch, theirs | given
     if len(towers) == 2:
         assert_both(model, loaded, ours, theirs)
-    assert_the_same_again(model, tmp_path)
-
-
-def assert_the_same_again(model, folder):
-    convert.main([f"--source={folder}/ours", f"--out={folder}/back", "--to=huggingface"])
-    one, two = (
-        files.open_weights(folder / part / "model.safetensors").tensors
-        for part in ("theirs", "back")
-    )
-    assert set(one) == set(two)
-    for key, tensor in one.items():
-        assert (tensor.dtype, tensor.shape) == (two[key].dtype, two[key].shape)
-        np.testing.assert_array_equal(tensor.read(), two[key].read(), err_msg=key)
-    _, info = type(model).from_pretrained(folder / "back", output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    give_back(tmp_path)
+    reloaded(model, tmp_path / "back")
 
 
 def assert_seen_alike(loaded, folder):
@@ -205,19 +177,16 @@ def test_a_trained_model_becomes_transformers(tmp_path):
     model = random_model("whole")
     model.save_pretrained(tmp_path / "theirs")
     tokenizer = their_files(tmp_path / "theirs")
-    loaded = converted(tmp_path)
+    loaded = converted("align", tmp_path)
     assert_seen_alike(loaded, tmp_path / "theirs")
     (tmp_path / "ours" / "conversion.json").unlink()
     for file in (tmp_path / "ours" / "source").glob("*config.json"):
         file.unlink()
     convert.main([f"--source={tmp_path}/ours", f"--out={tmp_path}/back", "--to=huggingface"])
-    again, info = transformers.AlignModel.from_pretrained(
-        tmp_path / "back", output_loading_info=True
-    )
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    again = reloaded(model, tmp_path / "back")
     theirs = transformers.BertTokenizer.from_pretrained(tmp_path / "back")
     assert theirs(STRINGS)["input_ids"] == tokenizer(STRINGS)["input_ids"]
     assert_seen_alike(loaded, tmp_path / "back")
-    batch, given = assert_text(again.eval(), loaded, tokenizer)
+    batch, given = assert_text(again, loaded, tokenizer)
     images, pixels = assert_image(again, loaded)
     assert_both(again, loaded, batch | images, given | pixels)

@@ -1,18 +1,16 @@
 """transformers' CLIP with random weights, written, converted and loaded; and back again. OpenAI's
 as TorchScript archives."""
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import bivl
 from bivl import convert
 from bivl.data import tokenizers
 from bivl.data.vocabulary import clip as vocabulary
-from bivl.weights import files
+from conversions import close, converted, give_back, reloaded
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -82,18 +80,6 @@ def their_tokenizer(folder):
     return found
 
 
-def close(ours, theirs, real=np.s_[:]):
-    assert ours.shape == tuple(theirs.shape)
-    np.testing.assert_allclose(np.asarray(ours)[real], theirs.numpy()[real], rtol=0, atol=1e-4)
-
-
-def converted(folder, *flags):
-    convert.main([f"--source={folder}/theirs", f"--out={folder}/ours", *flags])
-    report = json.loads((folder / "ours" / "conversion.json").read_text())
-    assert report["family"] == "clip" and not report["missing"] and not report["unused"]
-    return bivl.load(folder / "ours")
-
-
 def assert_image(model, loaded):
     """Their last hidden state is before the last norm, which they apply to the first token."""
     tower = getattr(model, "vision_model", model)
@@ -135,7 +121,7 @@ def test_there_and_back(name, tmp_path):
     model = random_model(name)
     model.save_pretrained(tmp_path / "theirs")
     tokenizer = their_tokenizer(tmp_path / "theirs") if CASES[name][2] else None
-    loaded, ours, theirs = converted(tmp_path), {}, {}
+    loaded, ours, theirs = converted("clip", tmp_path), {}, {}
     towers = loaded.config.model.towers
     for kind, check in (("image", assert_image), ("text", assert_text)):
         if kind in towers:
@@ -151,21 +137,8 @@ def test_there_and_back(name, tmp_path):
         with torch.no_grad():
             wanted = model(**theirs)[f"{towers[0]}_embeds"]
         close(loaded.embed(ours), wanted / wanted.norm(dim=-1, keepdim=True))
-    assert_the_same_again(model, tmp_path)
-
-
-def assert_the_same_again(model, folder):
-    convert.main([f"--source={folder}/ours", f"--out={folder}/back", "--to=huggingface"])
-    one, two = (
-        files.open_weights(folder / part / "model.safetensors").tensors
-        for part in ("theirs", "back")
-    )
-    assert set(one) == set(two)
-    for key, tensor in one.items():
-        assert (tensor.dtype, tensor.shape) == (two[key].dtype, two[key].shape)
-        np.testing.assert_array_equal(tensor.read(), two[key].read(), err_msg=key)
-    _, info = type(model).from_pretrained(folder / "back", output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    give_back(tmp_path)
+    reloaded(model, tmp_path / "back")
 
 
 def test_a_trained_model_becomes_transformers(tmp_path):
@@ -173,7 +146,7 @@ def test_a_trained_model_becomes_transformers(tmp_path):
     model = random_model("whole")
     model.save_pretrained(tmp_path / "theirs")
     tokenizer = their_tokenizer(tmp_path / "theirs")
-    loaded = converted(tmp_path)
+    loaded = converted("clip", tmp_path)
     (tmp_path / "ours" / "conversion.json").unlink()
     for file in (tmp_path / "ours" / "source").glob("*config.json"):
         file.unlink()
@@ -245,7 +218,7 @@ def test_openai_s_archive(tmp_path):
         wanted = [x / x.norm(dim=-1, keepdim=True) for x in model(images, ids)]
     traced = torch.jit.trace(model, (images, ids), check_trace=False)
     traced.half().save(str(tmp_path / "theirs"))
-    loaded = converted(tmp_path)
+    loaded = converted("clip", tmp_path)
     close(loaded.embed({"image": images.permute(0, 2, 3, 1).numpy()}), wanted[0])
     close(loaded.embed({"tokens": ids.numpy().astype(np.int32)}), wanted[1])
     assert loaded.config.model.text.num_heads == 2 and loaded.config.model.num_heads == 1

@@ -11,7 +11,7 @@ import pytest
 import bivl
 from bivl import convert
 from bivl.data import vocabulary
-from bivl.weights import files
+from conversions import close, give_back, reloaded
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -134,11 +134,6 @@ def run(model, given):
     return body, out.get("logits")
 
 
-def close(ours, theirs, real=np.s_[:]):
-    assert ours.shape == tuple(theirs.shape)
-    np.testing.assert_allclose(np.asarray(ours)[real], theirs.numpy()[real], rtol=0, atol=1e-4)
-
-
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_converted_equals_transformers(kind, name, tmp_path):
     model = written(kind, name, tmp_path / "theirs")
@@ -165,29 +160,13 @@ def test_converted_equals_transformers(kind, name, tmp_path):
     assert jax.tree.leaves(loaded.params)
 
 
-def loading_info(model, folder):
-    loaded, info = type(model).from_pretrained(
-        folder, output_loading_info=True, attn_implementation="eager"
-    )
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return loaded.eval()
-
-
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_and_back_equals_what_there_was(kind, name, tmp_path):
     """Tensor by tensor, heads of no use here included; and the same outputs."""
     model = written(kind, name, tmp_path / "theirs")
     convert.main([f"--source={tmp_path}/theirs", f"--out={tmp_path}/ours"])
-    convert.main([f"--source={tmp_path}/ours", f"--out={tmp_path}/back", "--to=huggingface"])
-    one, two = (
-        files.open_weights(tmp_path / folder / "model.safetensors").tensors
-        for folder in ("theirs", "back")
-    )
-    assert set(one) == set(two)
-    for key, tensor in one.items():
-        assert tensor.dtype == two[key].dtype
-        np.testing.assert_array_equal(tensor.read(), two[key].read(), err_msg=key)
-    again = loading_info(model, tmp_path / "back")
+    give_back(tmp_path)
+    again = reloaded(model, tmp_path / "back", attn_implementation="eager")
     given, _, _ = batches(kind, model)
     for ours, theirs in zip(run(again, given), run(model, given), strict=True):
         if theirs is not None:

@@ -6,11 +6,10 @@ import json
 import numpy as np
 import pytest
 
-import bivl
 from bivl import convert
 from bivl.data import tokenizers
 from bivl.data.vocabulary import wordpiece
-from bivl.weights import files
+from conversions import close, converted, give_back, reloaded
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -89,18 +88,6 @@ def their_tokenizer(folder, **rules):
     return found
 
 
-def close(ours, theirs):
-    assert ours.shape == tuple(theirs.shape)
-    np.testing.assert_allclose(np.asarray(ours), theirs.numpy(), rtol=0, atol=1e-4)
-
-
-def converted(folder, *flags):
-    convert.main([f"--source={folder}/theirs", f"--out={folder}/ours", *flags])
-    report = json.loads((folder / "ours" / "conversion.json").read_text())
-    assert report["family"] == "vilt" and not report["missing"] and not report["unused"]
-    return bivl.load(folder / "ours")
-
-
 def given(model, tokenizer, loaded):
     """The same padded pairs for both."""
     side, patch = model.config.image_size, model.config.patch_size
@@ -150,20 +137,11 @@ def test_there_and_back(name, tmp_path, monkeypatch):
     model = random_model(name)
     model.save_pretrained(tmp_path / "theirs")
     tokenizer = their_tokenizer(tmp_path / "theirs")
-    loaded = converted(tmp_path)
+    loaded = converted("vilt", tmp_path)
     assert loaded.config.model.tied == (name == "words")
     assert_same_numbers(model, loaded, tokenizer, monkeypatch)
-    convert.main([f"--source={tmp_path}/ours", f"--out={tmp_path}/back", "--to=huggingface"])
-    one, two = (
-        files.open_weights(tmp_path / part / "model.safetensors").tensors
-        for part in ("theirs", "back")
-    )
-    assert set(one) == set(two)
-    for key, tensor in one.items():
-        assert (tensor.dtype, tensor.shape) == (two[key].dtype, two[key].shape)
-        np.testing.assert_array_equal(tensor.read(), two[key].read(), err_msg=key)
-    again, info = type(model).from_pretrained(tmp_path / "back", output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    give_back(tmp_path)
+    again = reloaded(model, tmp_path / "back")
     assert again.config.image_size == model.config.image_size
 
 
@@ -172,7 +150,7 @@ def test_a_trained_model_becomes_transformers(tmp_path, monkeypatch):
     model = random_model("untied")
     model.save_pretrained(tmp_path / "theirs")
     tokenizer = their_tokenizer(tmp_path / "theirs", do_lower_case=False)
-    loaded = converted(tmp_path)
+    loaded = converted("vilt", tmp_path)
     (tmp_path / "ours" / "conversion.json").unlink()
     for file in (tmp_path / "ours" / "source").glob("*config.json"):
         file.unlink()

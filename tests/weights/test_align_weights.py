@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 import bivl
+import conversions
 from bivl import convert
 from bivl.core import config as configs
 from bivl.core.errors import UserError
@@ -28,18 +29,9 @@ sys.path.append(str(Path(__file__).parents[1] / "golden"))
 from align_tree import CONFIG, VISION  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-FILE = Path(__file__).parents[1] / "golden" / "align.npz"
+golden = functools.partial(conversions.golden, "align")
 CLOSE = 2e-5
 SEEN = "vision_model.encoder.blocks.1.expansion.expand_bn.num_batches_tracked"
-
-
-@functools.cache
-def golden():
-    """(parameters by transformers' names, the other arrays)."""
-    with np.load(FILE) as file:
-        arrays = dict(file)
-    params = {k.removeprefix("params/"): v for k, v in arrays.items() if k.startswith("params/")}
-    return params, arrays
 
 
 def batches():
@@ -63,8 +55,7 @@ def converted(folder, tensors, config, *flags):
     """The model, and conversion.json."""
     source = written(folder / "theirs", tensors, config)
     convert.main([f"--source={source}", f"--out={folder}/ours", *flags])
-    report = json.loads((folder / "ours" / "conversion.json").read_text())
-    assert report["family"] == "align" and not report["missing"] and not report["unused"]
+    report = conversions.read_report("align", folder / "ours")
     return bivl.load(folder / "ours"), report
 
 

@@ -2,12 +2,12 @@
 
 import functools
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import bivl
+import conversions
 from bivl import convert
 from bivl.core.errors import UserError
 from bivl.data.vocabulary import clip as vocabulary
@@ -15,18 +15,9 @@ from bivl.weights import clip, export
 from bivl.weights.files import open_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-FILE = Path(__file__).parents[1] / "golden" / "clip.npz"
+golden = functools.partial(conversions.golden, "clip")
 HEADS = ("--config.model.num_heads=3", "--config.model.text.num_heads=2")
 CLOSE = 2e-5
-
-
-@functools.cache
-def golden():
-    """(parameters by OpenAI's names, the other arrays)."""
-    with np.load(FILE) as file:
-        arrays = dict(file)
-    params = {k.removeprefix("params/"): v for k, v in arrays.items() if k.startswith("params/")}
-    return params, arrays
 
 
 def batches():
@@ -39,9 +30,7 @@ def converted(folder, tensors, *flags, name="theirs.npz"):
     np.savez(folder / name, **tensors)
     out = folder / "ours"
     convert.main([f"--source={folder / name}", f"--out={out}", *flags])
-    report = json.loads((out / "conversion.json").read_text())
-    assert report["family"] == "clip" and not report["missing"] and not report["unused"]
-    return out, report
+    return out, conversions.read_report("clip", out)
 
 
 def close(ours, theirs):

@@ -2,32 +2,23 @@
 
 import functools
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import bivl
+import conversions
 from bivl import convert
 from bivl.core.errors import UserError
 from bivl.weights import export, vilt, vilt_tables
 from bivl.weights.files import open_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-FILE = Path(__file__).parents[1] / "golden" / "vilt.npz"
+golden = functools.partial(conversions.golden, "vilt")
 EPS = ("--config.model.eps=1e-5", "--config.model.text_eps=1e-5")
 HEADS = ("--config.model.num_heads=3",)
 WORDS = "vilt.embeddings.text_embeddings.word_embeddings.weight"
 CLOSE = 2e-5
-
-
-@functools.cache
-def golden():
-    """(parameters by Hugging Face's names, the other arrays)."""
-    with np.load(FILE) as file:
-        arrays = dict(file)
-    params = {k.removeprefix("params/"): v for k, v in arrays.items() if k.startswith("params/")}
-    return params, arrays
 
 
 def batch():
@@ -44,9 +35,7 @@ def converted(folder, tensors, *flags):
     np.savez(folder / "theirs.npz", **tensors)
     out = folder / "ours"
     convert.main([f"--source={folder / 'theirs.npz'}", f"--out={out}", *flags])
-    report = json.loads((out / "conversion.json").read_text())
-    assert report["family"] == "vilt" and not report["missing"] and not report["unused"]
-    return out, report
+    return out, conversions.read_report("vilt", out)
 
 
 def close(ours, theirs):

@@ -114,6 +114,14 @@ def test_letters_of_hugging_face(content, said, tmp_path):
             {"augment.crop_ratio": 0.875},
         ),
         ({"do_normalize": False, "image_mean": [0.5] * 3, "size": "big"}, {}),
+        ({"image_mean": [0.1, 0.2, 0.3]}, {"image_mean": (0.1, 0.2, 0.3)}),
+        ({"do_center_crop": False, "size": {"height": 8, "width": 8}}, {"augment.squash": True}),
+        ({"size": {"shortest_edge": 256}, "crop_size": 192}, {"augment.crop_ratio": 0.75}),
+        ({"size": 224, "crop_size": {"height": 224}}, {"augment.crop_ratio": 1.0}),
+        ({"size": "large"}, {}),
+        # statistics that are no three numbers are passed over
+        ({"image_mean": ["a", "b", "c"], "image_std": [1, 2, None]}, {}),
+        ({"image_mean": [0, 0.5, 1], "image_std": [1, 2]}, {"image_mean": (0.0, 0.5, 1.0)}),
     ],
 )
 def test_how_images_are_seen(settings, wanted, tmp_path):
