@@ -17,6 +17,10 @@ smoke        20 updates of `tiny` on synthetic images with a random tokenizer, u
 TOKENIZER is a checkpoint of configs/pretrain/vqkd.py with as many patches to an image. Compare
 `mim_accuracy` with `most_frequent`, what naming the commonest code everywhere would reach.
 --config.aggregation.depth=0 is BEiT (v1) but for its tokenizer. Follows `beit2/PRETRAINING.md`.
+
+TPU slices (launch/README.md has what they give):
+    size=base    v5e:8x8
+    size=large   v5e:8x8  --config.optimizer.accumulate=4
 """
 
 from configs import common

@@ -16,6 +16,10 @@ Follows the code of facebookresearch/data2vec_vision (its README's commands), no
 they differ: batch 2,048 and 10 warm-up epochs for base, batch 4,096 for large, end-of-block targets
 normalised per layer and after averaging, loss averaged over masked tokens and channels, constant
 tau.
+
+TPU slices (launch/README.md has what they give):
+    size=base    v5e:8x8
+    size=large   v5e:8x8  --config.optimizer.accumulate=4
 """
 
 from configs import common
