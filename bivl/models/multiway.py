@@ -129,7 +129,7 @@ class Multiway(nn.Module):
     def _body(self, seen, random, deterministic, collect):
         """-> function (parts, one layer) -> (parts, what `collect` names). seen: bias, padding."""
         c = self.config
-        weighed = "weights" in collect
+        (bias, padding), weighed = seen, "weights" in collect
         kernel = attention_kernels.chosen(c.attention, c.dtype, deterministic, weighed)
         block = Block(c)
 
@@ -144,7 +144,7 @@ class Multiway(nn.Module):
             q, k, v = (jnp.concatenate(each, axis=2) for each in zip(*heads, strict=True))
             dropout = c.attention_dropout if random else 0.0
             drop_key = jax.random.fold_in(key, 1) if dropout else None
-            attended, weights = attend(q, k, v, *seen, dropout, drop_key, kernel)
+            attended, weights = attend(q, k, v, bias, padding, dropout, drop_key, kernel)
             done, start = {}, 0
             for name, part in x.items():
                 stop = start + part.shape[1]
