@@ -16,9 +16,11 @@ import jax
 import numpy as np
 from clu import parameter_overview
 from flax import linen as nn
+from ml_collections import ConfigDict
 
 from bivl import evaluate, model
 from bivl.core import checkpoint, cli, distributed, flops, metrics, optimizer, sharding
+from bivl.core import config as configs
 from bivl.core import state as states
 from bivl.core import step as steps
 from bivl.core import workdir as workdirs
@@ -43,6 +45,8 @@ class Program:
     step: Any
     sizes: Any
     """Rows of the global batch, in a mixture of each part."""
+    counted: Any
+    """The step with XLA's attention, of which FLOPs are counted: kernels do not show theirs."""
 
     def example_batch(self):
         """The global batch as ShapeDtypeStructs with shardings."""
@@ -57,7 +61,7 @@ class Program:
 
     def flops(self) -> float:
         """Matmul and convolution FLOPs of one update (recomputation by remat included)."""
-        return flops.count(self.step, self.abstract, self.example_batch(), np.int32(1))
+        return flops.count(self.counted, self.abstract, self.example_batch(), np.int32(1))
 
 
 def build(config, devices=None) -> Program:
@@ -77,8 +81,21 @@ def build(config, devices=None) -> Program:
     tx = optimizer.make_optimizer(o, schedule)
     abstract = states.abstract(objective, tx, mesh, config.seed)
     options = {"seed": config.seed, "accumulate": o.accumulate}
-    step = steps.compile_step(objective, tx, schedule, abstract, **options)
-    return Program(objective, mesh, tx, abstract, step, sizes)
+    step, counted = (
+        steps.compile_step(each, tx, schedule, abstract, **options)
+        for each in (objective, model.make_objective(with_xla_attention(config)))
+    )
+    return Program(objective, mesh, tx, abstract, step, sizes, counted)
+
+
+def with_xla_attention(config):
+    """A copy of a config whose encoders attend by XLA's operations alone."""
+    config = configs.from_dict(config.to_dict())
+    tower: Any = config.get("model", ConfigDict())
+    for encoder in (tower, tower.get("text", ConfigDict())):
+        if "attention" in encoder:
+            encoder.attention = "xla"
+    return config
 
 
 def open_batches(config, program: Program, start: int):

@@ -99,6 +99,7 @@ def transformer(width: int, depth: int, heads: int, **changes) -> dict:
         "drop_path": 0.0,
         "dropout": 0.1,
         "attention_dropout": 0.1,
+        "attention": "xla",  # or cudnn (GPU), flash (TPU); both without attention_dropout
         "activation_dropout": 0.0,
         "layer_drop": 0.0,
         "init": "normal",

@@ -15,9 +15,9 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
-from jax.experimental import multihost_utils
 
 from bivl.core import config as configs
+from bivl.core import distributed
 from bivl.core.errors import UserError
 from bivl.core.state import State
 
@@ -284,8 +284,7 @@ class Checkpoints:
                 aside = self.directory / f"{step}.torn"
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.directory / str(step)).rename(aside)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("torn checkpoints are set aside")
+        distributed.barrier("torn checkpoints are set aside")
         self._manager.reload()
 
     def close(self) -> None:

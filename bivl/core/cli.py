@@ -7,9 +7,11 @@ import io
 import logging
 import signal
 import sys
+import time
 import traceback
 
 from bivl.core import config as configs
+from bivl.core import distributed
 from bivl.core.errors import GuardStop, Terminated, UserError
 
 log = logging.getLogger("bivl")
@@ -78,11 +80,14 @@ def run(main, argv=None) -> None:
         if "--debug" in argv:
             traceback.print_exc()
         line = " ".join(str(error).split()) or "interrupted"
+        distributed.failed(line)
         _say_last(f"error: {line}" if isinstance(error, UserError) else line)
         sys.exit(next(code for kind, code in codes.items() if isinstance(error, kind)))
     except Exception as error:
         traceback.print_exc()
-        _say_last(f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
+        line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        distributed.failed(line)
+        _say_last(f"failed: {line}")
         sys.exit(1)
 
 
@@ -93,9 +98,11 @@ def _say_last(line: str) -> None:
     """
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+    errors = sys.stderr
     sys.stdout = sys.stderr = io.StringIO()
+    time.sleep(0.1)  # a thread that is writing now ends first
+    with contextlib.suppress(OSError):
+        print(line, file=errors, flush=True)
 
 
 class Termination:

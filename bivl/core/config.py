@@ -187,6 +187,7 @@ MAY_CHANGE = (
     "guard",
     "wandb",
     "data.dir",
+    "model.attention",
     "optimizer.accumulate",
 )
 

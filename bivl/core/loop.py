@@ -8,12 +8,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from bivl.core import cli, collapse, distributed, metrics, sharding
 from bivl.core.errors import GuardStop, Terminated
 
 log = logging.getLogger("bivl")
+
+COMPILING = 3600.0  # seconds that the last process may need longer than the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Update:
 
 
 class Loop:
-    """The loop's running parts, in the order of a step: evaluate, save, draw, update, read.
+    """The loop's running parts, in the order of a step: save, evaluate, draw, update, read.
 
     The metrics of an update are read while the next one runs, but always before a stop, an
     evaluation or a save, so that no checkpoint is ahead of its line in metrics.jsonl.
@@ -57,6 +58,7 @@ class Loop:
         begin = time.monotonic()
         step = self.program.compile()
         log.info("compiled in %.1f s, %.3g FLOPs an update", time.monotonic() - begin, self.flops)
+        distributed.barrier(f"compiled the step after {self.first}", COMPILING)
         return step
 
     def record(self, update: Update) -> dict[str, float]:
@@ -118,10 +120,10 @@ class Loop:
         """
         if jax.process_count() == 1:
             return term.requested
-        return multihost_utils.reached_preemption_sync_point(step)
+        return distributed.preempted(step)
 
     def between(self, done: int, term: cli.Termination) -> None:
-        """What is due after `done` updates: stop, evaluate, save."""
+        """What is due after `done` updates: stop, save, evaluate (which may be cut off)."""
         c = self.config
         stop = self.stop_requested(done, term)
         evaluate = done and c.evaluate_every and done % c.evaluate_every == 0
@@ -130,10 +132,10 @@ class Loop:
             self.settle()
         if stop:
             raise Terminated
-        if evaluate:
-            self.evaluate(done, term)
         if save:
             self.checkpoints.save(done, self.state, c)
+        if evaluate:
+            self.evaluate(done, term)
 
     def updates(self, term: cli.Termination) -> None:
         """All updates from the restored step to `config.steps`."""

@@ -13,6 +13,8 @@ def find(name) -> Path:
     """--workdir as an absolute path that is a folder, or can become one; creates nothing."""
     if not str(name):
         raise UserError("--workdir is empty; name a folder")
+    if "://" in str(name):
+        raise UserError(f"--workdir={name}: mount the bucket and pass its folder (docs/pods.md)")
     workdir = Path(name).expanduser().resolve()
     for place in (workdir, *workdir.parents):
         if place.exists() and not place.is_dir():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from bivl.models import attention_kernels
 from bivl.models.layers import Init, LayerNorm, Projection, Vector, truncated_normal, zeros
 
 BIASES = {"qkv": (True, True, True), "qv": (True, False, True), "none": (False, False, False)}
@@ -24,13 +25,31 @@ def causal_bias(length: int, dtype=jnp.float32):
     return jnp.where(seen, 0, jnp.finfo(dtype).min / 2).astype(dtype)[None, None]
 
 
-def attend(q, k, v, bias=None, dropout: float = 0.0, key=None):
+def hidden(kernel: str, bias, padding):
+    """What an encoder hands to the `attend` of each of its layers, (bias, padding): for `xla` their
+    sum, made once; kernels take padding as it is."""
+    return (bias, padding) if kernel != "xla" else (_with_padding(bias, padding), None)
+
+
+def _with_padding(bias, padding):
+    if padding is None:
+        return bias
+    added = padding_bias(padding)
+    return added if bias is None else bias + added
+
+
+def attend(q, k, v, bias=None, padding=None, dropout: float = 0.0, key=None, kernel: str = "xla"):
     """softmax(q k^T / sqrt(d) + bias) v for q, k, v [B, H, L, d]; returns (out, weights).
 
-    bias: anything that broadcasts to [B, H, L, L]. Softmax in float32. The division by the
-    softmax's sum comes after the product with v, where there is d / L times as much to divide;
-    `weights` are the normalised [B, H, L, L], free unless somebody reads them.
+    bias: anything that broadcasts to [B, H, L, L]; padding: bool [B, L], True = pad, hidden from
+    all. Softmax in float32. The division by the softmax's sum comes after the product with v, where
+    there is d / L times as much to divide; `weights` are the normalised [B, H, L, L], free unless
+    somebody reads them. kernel: one of attention_kernels.py, as its `chosen` says, which has no
+    dropout and whose weights are None.
     """
+    if kernel != "xla":
+        return attention_kernels.attend(kernel, q, k, v, bias, padding), None
+    bias = _with_padding(bias, padding)
     logits = jnp.einsum("BHQd,BHKd->BHQK", q * q.shape[-1] ** -0.5, k)
     logits = logits.astype(jnp.float32)
     if bias is not None:

@@ -18,7 +18,8 @@ from flax import linen as nn
 
 from bivl.core.config import choice
 from bivl.core.errors import UserError
-from bivl.models.attention import attend, padding_bias
+from bivl.models import attention_kernels
+from bivl.models.attention import attend, hidden
 from bivl.models.layers import LayerNorm, constrain_tokens
 from bivl.models.transformer import (
     REMAT,
@@ -75,10 +76,7 @@ class Multiway(nn.Module):
     def __call__(self, tokens: Tokens, deterministic: bool = True, collect=()) -> Encoded:
         c = self.config
         x = split_modalities(constrain_tokens(tokens.x.astype(c.dtype)), tokens.images)
-        bias = tokens.bias
-        if tokens.padding is not None:
-            hidden = padding_bias(tokens.padding)
-            bias = hidden if bias is None else bias + hidden
+        seen = hidden(c.attention, tokens.bias, tokens.padding)
         first = _joined(x)
         random = not deterministic and c.is_random
         keys = jax.random.split(self.make_rng("dropout"), c.depth) if random else None
@@ -86,7 +84,7 @@ class Multiway(nn.Module):
         for blocks, layers in self._stacks(tuple(x)):
             inputs = blocks, jnp.linspace(0.0, c.drop_path, c.depth)[layers]
             inputs += (keys[layers] if random else inputs[1],)
-            body = self._body(bias, random, collect)
+            body = self._body(seen, random, deterministic, collect)
             x, outs = run_layers(body, x, inputs, c.scan)
             collected = {name: (*collected.get(name, ()), *out) for name, out in outs.items()}
         if "layers" in collected:
@@ -128,9 +126,11 @@ class Multiway(nn.Module):
             return kept
         return jax.tree.map(lambda x: x[-c.pair_layers :], kept)
 
-    def _body(self, bias, random, collect):
-        """-> function (parts, one layer) -> (parts, what `collect` names)."""
+    def _body(self, seen, random, deterministic, collect):
+        """-> function (parts, one layer) -> (parts, what `collect` names). seen: bias, padding."""
         c = self.config
+        (bias, padding), weighed = seen, "weights" in collect
+        kernel = attention_kernels.chosen(c.attention, c.dtype, deterministic, weighed)
         block = Block(c)
 
         def body(x, layer):
@@ -144,7 +144,7 @@ class Multiway(nn.Module):
             q, k, v = (jnp.concatenate(each, axis=2) for each in zip(*heads, strict=True))
             dropout = c.attention_dropout if random else 0.0
             drop_key = jax.random.fold_in(key, 1) if dropout else None
-            attended, weights = attend(q, k, v, bias, dropout, drop_key)
+            attended, weights = attend(q, k, v, bias, padding, dropout, drop_key, kernel)
             done, start = {}, 0
             for name, part in x.items():
                 stop = start + part.shape[1]
@@ -153,7 +153,7 @@ class Multiway(nn.Module):
             x = {name: out[0] for name, out in done.items()}
             named = {"layers": x, "ffn": {name: out[1] for name, out in done.items()}}
             found = {name: _joined(parts) for name, parts in named.items() if name in collect}
-            return x, found | ({"weights": weights} if "weights" in collect else {})
+            return x, found | ({"weights": weights} if weighed else {})
 
         if REMAT[c.remat]:
             return jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=not c.scan)

@@ -10,7 +10,8 @@ from flax import linen as nn
 
 from bivl.core.config import choice
 from bivl.core.errors import UserError
-from bivl.models.attention import BIASES, Attention, attend, padding_bias
+from bivl.models import attention_kernels
+from bivl.models.attention import BIASES, Attention, attend, hidden
 from bivl.models.layers import (
     ACTIVATIONS,
     LayerNorm,
@@ -44,7 +45,8 @@ REMAT = {
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """What an encoder is. `norm` is the place of LayerNorm: `pre`, `post` or `sub` (Magneto)."""
+    """What an encoder is. `norm` is the place of LayerNorm: `pre`, `post` or `sub` (Magneto);
+    `attention` how it is computed, see models/attention_kernels.py."""
 
     width: int
     depth: int
@@ -66,6 +68,7 @@ class EncoderConfig:
     dtype: str = "float32"
     remat: str = "none"
     scan: bool = False
+    attention: str = "xla"
 
     def __post_init__(self):
         """UserError, in the words of config.model, for what no encoder can be."""
@@ -85,12 +88,15 @@ class EncoderConfig:
         for name in RATES:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"config.model.{name}={getattr(self, name)} must lie in [0, 1)")
+        attention_kernels.check(dataclasses.asdict(self))
 
     @classmethod
     def of(cls, model, dtype: str) -> "EncoderConfig":
         """The fields that a mapping `config.model` holds; the others keep their defaults."""
         names = {field.name for field in dataclasses.fields(cls)} & set(model)
-        return cls(**{name: model[name] for name in names}, dtype=dtype)
+        config = cls(**{name: model[name] for name in names}, dtype=dtype)
+        attention_kernels.check(model)  # also the bias that the embedding would learn
+        return config
 
     @property
     def is_random(self) -> bool:
@@ -100,7 +106,8 @@ class EncoderConfig:
 
 class Block(nn.Module):
     """One layer, [B, L, D] -> (x, ffn, weights): block output, the FFN branch after its layer scale
-    and before dropout and residual (data2vec's "ffn" target), attention weights [B, H, L, L]."""
+    and before dropout and residual (data2vec's "ffn" target), attention weights [B, H, L, L], or
+    None where they are not asked for and a kernel attends."""
 
     config: EncoderConfig
 
@@ -117,11 +124,13 @@ class Block(nn.Module):
             self.scale1, self.scale2 = (Vector((c.width,), (None,), init) for _ in range(2))
         self.drop = nn.Dropout(c.dropout)
 
-    def __call__(self, x, bias, drop_rate, deterministic: bool):
-        dropout = 0.0 if deterministic else self.config.attention_dropout
+    def __call__(self, x, bias, drop_rate, deterministic: bool, padding=None, weights=False):
+        c = self.config
+        kernel = attention_kernels.chosen(c.attention, c.dtype, deterministic, weights)
+        dropout = 0.0 if deterministic else c.attention_dropout
         key = self.make_rng("dropout") if dropout else None
         q, k, v = self.heads(x)
-        attended, weights = attend(q, k, v, bias, dropout, key)
+        attended, weights = attend(q, k, v, bias, padding, dropout, key, kernel)
         return *self.finish(x, attended, drop_rate, deterministic), weights
 
     def heads(self, x):
@@ -159,7 +168,7 @@ def init_blocks(config: EncoderConfig, key):
     openai/CLIP (`clip/model.py`): q, k, v to std D^-1/2, the first map of the FFN to (2 D)^-1/2,
     the last matrices to (2 N D)^-1/2.
     """
-    c, rule = config, INITS[config.init][1]
+    c, rule = dataclasses.replace(config, attention="xla"), INITS[config.init][1]
     gain = math.sqrt(math.log(2 * c.depth))
     last = (("attention", "out"), ("mlp", "fc2"))
 
@@ -199,7 +208,7 @@ class Tokens(NamedTuple):
     """Added to attention logits; broadcasts to [B, H, L, L]. With five axes each layer has its own,
     which `Encoder` alone understands."""
     padding: jax.Array | None = None
-    """bool [B, L], True = pad; absent where nothing can be padded."""
+    """bool [B, L], True = pad; absent where nothing can be padded. Pads stand last."""
     images: int = 0
     """How many of the first tokens are an image's, where texts' tokens may follow."""
 
@@ -233,10 +242,7 @@ class Encoder(nn.Module):
         if c.input_norm:
             x = LayerNorm(c.eps, c.dtype, name="input_norm")(x)
         x = nn.Dropout(c.dropout if c.input_norm else 0.0)(x, deterministic)
-        bias = tokens.bias
-        if tokens.padding is not None:
-            hidden = padding_bias(tokens.padding)
-            bias = hidden if bias is None else bias + hidden
+        bias, padding = hidden(c.attention, tokens.bias, tokens.padding)
         blocks = nn.unbox(self.param("blocks", lambda key: init_blocks(c, key)))
         rates = jnp.linspace(0.0, c.drop_path, c.depth)
         random = not deterministic and c.is_random
@@ -246,8 +252,8 @@ class Encoder(nn.Module):
         def body(x, layer):
             params, rate, key, own = layer
             rngs = {"dropout": key} if random else None
-            added = shared if own is None else own
-            out = Block(c).apply({"params": params}, x, added, rate, deterministic, rngs=rngs)
+            inputs = x, shared if own is None else own, rate, deterministic, padding
+            out = Block(c).apply({"params": params}, *inputs, "weights" in collect, rngs=rngs)
             if random and c.layer_drop:  # the whole layer, for the whole batch
                 keep = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 - c.layer_drop)
                 out = (jnp.where(keep, out[0], x), *out[1:])

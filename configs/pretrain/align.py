@@ -20,6 +20,10 @@ temperature divides similarities and is learned as it is; it is held above 1 / c
 where the paper has no limit, and ends near 1 / 64. The optimizer is AdamW, the paper's is LAMB; the
 sum of both directions is their mean here. Batch norms see the whole batch, over all devices.
 Images are cut out of larger ones by area, where the paper squashes them to 346 px first.
+
+TPU slices (launch/README.md has what they give):
+    size=small   v5e:8x16
+    size=base    v5p:4x8x8
 """
 
 from configs import common

@@ -19,6 +19,10 @@ TOKENIZER is a checkpoint of configs/pretrain/vqkd.py with as many patches to an
 Official files, for bivl.convert: `beitv2_base_patch16_224_pt1k.pth`; fine-tuned
 `..._pt1k_300e_ft1k.pth` 85.0, `..._pt1k_ft1k.pth` 85.5, `..._pt1k_ft21kto1k.pth` 86.5.
 --config.aggregation.depth=0 is BEiT (v1) but for its tokenizer. Follows `beit2/PRETRAINING.md`.
+
+TPU slices (launch/README.md has what they give):
+    size=base    v5e:8x8
+    size=large   v5e:8x8  --config.optimizer.accumulate=4
 """
 
 from configs import common
@@ -63,6 +67,7 @@ def get_config(text=None):
             "layer_scale": scale,
             "drop_path": 0.0,
             "attention_dropout": 0.0,
+            "attention": "xla",  # or cudnn (GPU), flash (TPU); both without attention_dropout
             "scan": size in ("base", "large"),
         }
     )

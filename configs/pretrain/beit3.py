@@ -27,6 +27,11 @@ the released captioning code (pair.masking, text.masking); no whole words; texts
 packed by documents (text.break_mode), captions of 64; 75 of 196 patches; crops of 0.2 to 1 of an
 image and 0.5 to 1 of a pair's (BEiT v2, VLMo); pixels of mean and std 0.5; the lowest rate 1e-5; no
 decay of vectors, biases, positions and CLS (`beit2`).
+
+TPU slices (launch/README.md has what they give):
+    size=base    v5e:8x8  --config.optimizer.accumulate=16
+    size=large   v6e:8x8  --config.optimizer.accumulate=8
+    size=giant   2 x v5p:4x4x8  --config.optimizer.accumulate=2
 """
 
 from configs import common
@@ -94,6 +99,7 @@ def get_config(text=None):
         "drop_path": 0.1,
         "dropout": 0.0,
         "attention_dropout": 0.0,
+        "attention": "xla",  # or cudnn (GPU), flash (TPU); both without attention_dropout
         "init": "scratch",  # or magneto, beit
         "scan": size not in ("tiny", "small"),
         "remat": "full" if size in ("large", "giant") else "none",

@@ -9,6 +9,11 @@ clones       four masks of 75 % of an image that share its targets, as in data2v
 size=tiny    128 x 4 on 48 px emoji, their keywords and `pydoc`, or scenes
              (data=scenes): minutes on two CPU cores.
 smoke        20 updates of `tiny`.
+
+TPU slices (launch/README.md has what they give):
+    size=base    v5e:8x8  --config.optimizer.accumulate=16
+    size=large   v6e:8x8  --config.optimizer.accumulate=8
+    size=giant   2 x v5p:4x4x8  --config.optimizer.accumulate=2
 """
 
 from configs import common

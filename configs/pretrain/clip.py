@@ -20,6 +20,11 @@ The image tower starts as PyTorch makes it, the text tower by CLIP's own rule (`
 similarities is learned and held to 100 (contrast.max_scale); the learning rates' warm-up and peaks
 for B/16 and L/14 are open_clip's and the paper's. Crops of 0.9 to 1 of an image are open_clip's;
 CLIP cuts squares. Nothing decays that is a gain, a bias, the scale or the class token.
+
+TPU slices (launch/README.md has what they give):
+    size=small   v5e:2x2
+    size=base    v5e:8x8
+    size=large   v6e:8x8
 """
 
 from configs import common
@@ -111,6 +116,7 @@ def transformer(width: int, depth: int, heads: int, tall: bool) -> dict:
         "drop_path": 0.0,
         "dropout": 0.0,
         "attention_dropout": 0.0,
+        "attention": "xla",  # or cudnn (GPU), flash (TPU); both without attention_dropout
         "scan": tall,  # one layer's program for all: quick to compile on TPU
         "remat": "full" if tall else "none",  # or dots
     }

@@ -18,6 +18,11 @@ Follows fairseq's `config/v2/base_images_only_task.yaml` and siblings. What is o
 equal blocks of which the last 10 give targets (its file calls the first two a prenet); the CLS loss
 has an explicit weight, that of its sum over one GPU's rows (2.56 for 16 images x 16 masks, 1.28
 for 8 x 16); the teacher computes in float32; the collapse guards, off there, are on.
+
+TPU slices (launch/README.md has what they give):
+    size=base    v5e:8x8  --config.optimizer.accumulate=2
+    size=large   v5e:8x8  --config.optimizer.accumulate=2
+    size=huge    v5e:8x8  --config.optimizer.accumulate=4
 """
 
 from configs import common
@@ -70,6 +75,7 @@ def get_config(text=None):
             "layer_scale": 0.0,
             "drop_path": 0.0,
             "attention_dropout": 0.0,
+            "attention": "xla",  # or cudnn (GPU), flash (TPU); both without attention_dropout
             "init": "normal",
             "input_norm": True,
             "final_norm": False,

@@ -18,6 +18,10 @@ Follows fairseq's `examples/data2vec/config/v2/base_audio_only_task.yaml` and it
 which blocks mark what is masked, not what is kept (`inverse_mask: false`), though the paper
 presents inverse block masking. There, crops and masks are cropped apart, so that counts drift; not
 here.
+
+TPU slices (launch/README.md has what they give):
+    size=base    v5e:4x4  --config.optimizer.accumulate=2
+    size=large   v5e:8x8
 """
 
 from configs import common

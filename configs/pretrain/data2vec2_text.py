@@ -16,6 +16,10 @@ Follows fairseq's `examples/data2vec/config/v2/base_text_only_task.yaml` and its
 learned embeddings' dropout included, which the teacher shares with the student there
 (target.embed_dropout). The file `large_text_only_task_pgrp_1M.yaml` differs in loss.beta=4 and a
 million updates.
+
+TPU slices (launch/README.md has what they give):
+    size=base    v5e:4x4  --config.optimizer.accumulate=2
+    size=large   v5e:4x4  --config.optimizer.accumulate=4
 """
 
 from configs import common

@@ -21,6 +21,10 @@ Follows the code of facebookresearch/data2vec_vision (its README's commands), no
 they differ: batch 2,048 and 10 warm-up epochs for base, batch 4,096 for large, end-of-block targets
 normalised per layer and after averaging, loss averaged over masked tokens and channels, constant
 tau.
+
+TPU slices (launch/README.md has what they give):
+    size=base    v5e:8x8
+    size=large   v5e:8x8  --config.optimizer.accumulate=4
 """
 
 from configs import common
@@ -82,6 +86,7 @@ def get_config(text=None):
         "drop_path": drop_path,
         "dropout": 0.0,
         "attention_dropout": attention_dropout,
+        "attention": "xla",  # or cudnn (GPU), flash (TPU); both without attention_dropout
         "init": "beit",
         "scan": size in ("base", "large"),  # one layer's program for all: quick to compile on TPU
         "remat": "none",  # or full, dots

@@ -19,6 +19,9 @@ of the schedule decays exponentially (the paper says linearly), convolutional po
 student's (the released checkpoint says that the teacher had its own: --config.ema_shared=
 embed/extractor,embed/norm,embed/projection,embed/fill,head). fairseq crops to the shortest
 utterance of a batch; here crops have one length, and what is shorter is padded.
+
+TPU slices (launch/README.md has what they give):
+    size=base    v5e:4x4  --config.optimizer.accumulate=4
 """
 
 from configs import common

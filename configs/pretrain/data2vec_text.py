@@ -16,6 +16,9 @@ Follows fairseq's `examples/data2vec/config/text/pretraining/base.yaml`. There t
 masked tokens alone, not the whole text as the paper says (fairseq issue 4881): target.input=masked
 follows the code that was released, `full` the paper. The paper's main row masks as BERT does:
 --config.masking.kind=bert with mask_ratio=0.15, and a tri_stage schedule.
+
+TPU slices (launch/README.md has what they give):
+    size=base    v5e:4x4  --config.optimizer.accumulate=2
 """
 
 from configs import common

@@ -17,6 +17,9 @@ ViLT starts from a ViT-B/32 trained on ImageNet, here nothing does unless --conf
 Its images keep their shape, with positions resized, and 200 patches are drawn in training; here all
 are squares and keep all of their patches. Masked are whole words where the tokenizer is BERT's
 (pair.masking); images of pairs that do not match come from the same batch.
+
+TPU slices (launch/README.md has what they give):
+    size=base    v5e:4x4  --config.optimizer.accumulate=4
 """
 
 from configs import common

@@ -22,6 +22,10 @@ one of configs/pretrain/data2vec_image.py:size=tiny. Its features are those of t
 the final norm; its images are normalised its own way. Follows `beit2/run_vqkd_training.py`, but the
 k-means that starts the codebook runs once over the global batch, at the end of the first update,
 where the code runs one on every GPU before its first loss.
+
+TPU slices (launch/README.md has what they give):
+    size=base    v5e:4x4
+    size=large   v5e:4x4  --config.optimizer.accumulate=2
 """
 
 from configs import common
@@ -74,6 +78,7 @@ def get_config(text=None):
         "drop_path": 0.0,
         "dropout": 0.0,
         "attention_dropout": 0.0,
+        "attention": "xla",  # or cudnn (GPU), flash (TPU); both without attention_dropout
         "init": "normal_beit",  # BEiT's fine-tuning model, of which VQ-KD is built, does not cut
         "scan": size in ("base", "large"),  # one layer's program for all: quick to compile on TPU
         "remat": "none",  # or full, dots
