@@ -101,6 +101,7 @@ def compile_here(config, topology: topologies.Topology, directory: Path) -> None
         "batch_size": config.batch_size,
         "accumulate": config.optimizer.accumulate,
         "rows": [size // parts for size in jax.tree.leaves(program.sizes)],
+        "gather": config.mesh.gather,
         "remat": config.model.get("remat", "none") if "model" in config else "none",
         "leaves": _leaves(program.abstract) + _leaves({"batch": batch}),
         "error": None,

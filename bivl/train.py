@@ -24,6 +24,7 @@ from bivl.core import config as configs
 from bivl.core import state as states
 from bivl.core import step as steps
 from bivl.core import workdir as workdirs
+from bivl.core.config import choice
 from bivl.core.errors import UserError
 from bivl.core.loop import Loop
 from bivl.core.objective import Objective
@@ -80,7 +81,8 @@ def build(config, devices=None) -> Program:
     schedule = optimizer.make_schedule(o, config.steps)
     tx = optimizer.make_optimizer(o, schedule)
     abstract = states.abstract(objective, tx, mesh, config.seed)
-    options = {"seed": config.seed, "accumulate": o.accumulate}
+    gather = choice("mesh.gather", config.mesh.get("gather", "update"), sharding.GATHER)
+    options = {"seed": config.seed, "accumulate": o.accumulate, "gather": gather}
     step, counted = (
         steps.compile_step(each, tx, schedule, abstract, **options)
         for each in (objective, model.make_objective(with_xla_attention(config)))

@@ -77,7 +77,12 @@ def base() -> ConfigDict:
                 "freeze_steps": 0,  # ... for so many updates
                 "accumulate": 1,  # micro-batches an update
             },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "mesh": {
+                "data": -1,
+                "fsdp": 1,
+                "tensor": 1,
+                "gather": "update",  # arrays divided over fsdp; or layer, for least memory
+            },
             "checkpoint": {"every": 1000, "keep": 2},
             "guard": {"target_std": 0.1, "prediction_std": 0.01, "after": 5000, "patience": 100},
             "wandb": "",  # W&B project to log to, where wandb is installed

@@ -97,19 +97,20 @@ def without_times(lines):
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
-def few_losses(num_devices, changes, name="data2vec_image"):
-    """Loss and gradient norm of 5 updates on some of the devices, float [5, 2], and the state."""
+def few_losses(num_devices, changes, name="data2vec_image", steps=5):
+    """Loss and gradient norm of the first updates on some of the devices, float [steps, 2], and the
+    state."""
     from bivl import train
     from bivl.core import sharding
     from bivl.core import state as states
 
-    config = tiny({"steps": "5"} | changes, name)
+    config = tiny({"steps": str(steps)} | changes, name)
     program = train.build(config, jax.devices()[:num_devices])
     found = []
     with sharding.use(program.mesh):
         state = states.create(program.objective, program.tx, program.mesh, config.seed)
         step, batches = program.compile(), train.open_batches(config, program, 0)
-        for n in range(1, 6):
+        for n in range(1, steps + 1):
             batch = sharding.to_global(next(batches)[0], program.mesh, program.sizes)
             state, values = step(state, batch, np.int32(n))
             found.append([float(values["loss"]), float(values["grad_norm"])])

@@ -69,6 +69,7 @@ FACTS = {
     "accumulate": 1,
     "rows": [8],
     "remat": "none",
+    "gather": "update",
     "leaves": [
         ["params/w", [1000, 1000], [1000, 1000], 4],
         ["step", [], [], 4],

@@ -120,7 +120,8 @@ def gathers(exchanges: list[Collective], leaves: list[Leaf]) -> list[str]:
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             lines.append(
                 f"arrays of {size:,} values are gathered {counts[size]:.0f} times for "
-                f"{len(owners[size])} parameters ({moved[size] / 1e9:.2f} GB a chip): {shown}"
+                f"{len(owners[size])} parameters ({moved[size] / 1e9:.2f} GB a chip): {shown}; "
+                "--config.mesh.gather=update gathers each once"
             )
     return lines
 
@@ -143,6 +144,8 @@ def cures(
     if facts["remat"] == "none":
         lines.append("--config.model.remat=full, a third more matmuls")
     mesh = facts["mesh"]
+    if mesh["fsdp"] > 1 and facts["gather"] == "update":
+        lines.append("--config.mesh.gather=layer, which gathers parameters more often")
     for fsdp in (2, 4, 8, 16, 32, 64):
         if mesh["data"] % fsdp or mesh["fsdp"] > 1:
             break

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from bivl.core.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+GATHER = ("update", "layer")  # when what is divided over fsdp is made whole, see core/step.py
 
 # Logical axis (written by models/layers.py) -> mesh axis. Axes that are not named stay whole.
 RULES = (
@@ -107,6 +108,12 @@ def tree_shardings(parts: tuple, mesh: Mesh) -> tuple:
     named = dict(zip(("params", "teacher", "extras"), parts, strict=True))  # names for messages
     placed = jax.tree_util.tree_map_with_path(leaf, named, is_leaf=is_box)
     return tuple(placed[name] for name in named)
+
+
+def gathered(sharding: NamedSharding) -> NamedSharding:
+    """The same, with nothing divided over fsdp."""
+    spec = (None if names == "fsdp" else names for names in sharding.spec)
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def table(shardings, abstract) -> str:

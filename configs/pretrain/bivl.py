@@ -11,9 +11,9 @@ size=tiny    128 x 4 on 48 px emoji, their keywords and `pydoc`, or scenes
 smoke        20 updates of `tiny`.
 
 TPU slices (launch/README.md has what they give):
-    size=base    v5e:8x8  --config.optimizer.accumulate=16
-    size=large   v6e:8x8  --config.optimizer.accumulate=8
-    size=giant   2 x v5p:4x4x8  --config.optimizer.accumulate=2
+    size=base    v5e:8x8  --config.model.remat=full
+    size=large   v6e:8x8
+    size=giant   2 x v5p:4x4x8
 """
 
 from configs import common

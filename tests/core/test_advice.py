@@ -69,7 +69,7 @@ def test_parameters_that_are_gathered_twice(times, lines):
     assert all("24 times for 12 parameters" in line and PART.path in line for line in found)
 
 
-FACTS = {"accumulate": 2, "rows": [16, 8], "remat": "none", "mesh": MESH}
+FACTS = {"accumulate": 2, "rows": [16, 8], "remat": "none", "gather": "update", "mesh": MESH}
 
 
 def test_what_to_try():
@@ -84,3 +84,7 @@ def test_what_to_try():
     found = advice.cures(1e9, leaves, 0.2e9, FACTS | {"remat": "full"}, 8)
     assert found == ["--config.mesh.fsdp=2"]
     assert "smaller batch_size" in advice.cures(1e6, leaves, 1e9, FACTS | {"remat": "full"}, 8)[0]
+    divided = FACTS | {"mesh": MESH | {"fsdp": 2}}
+    layer = "--config.mesh.gather=layer, which gathers parameters more often"
+    assert layer in advice.cures(8e9, leaves, 10e9, divided, 8)
+    assert layer not in advice.cures(8e9, leaves, 10e9, divided | {"gather": "layer"}, 8)
