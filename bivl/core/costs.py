@@ -15,6 +15,7 @@ SLICES = ("dynamic-slice", "slice", "gather")
 STILL = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional")
 STILL += ("call", "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency")
 STILL += ("async-start", "async-update")
+ALLOCATED = 'custom_call_target="AllocateBuffer"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,31 +130,45 @@ def _held(shapes: Sequence[Shape]) -> int:
     return sum(s.bytes for s in shapes if s.space == 0)
 
 
-def _read(body: Computation, name: str) -> int | None:
-    """Bytes that a fused computation reads of its parameter: slices of it only; None: all."""
+def _arguments(body: Computation) -> list[Instruction]:
+    found = (i for i in body.instructions if i.opcode == "parameter")
+    return sorted(found, key=lambda i: int(i.literal))
+
+
+def _read(module: Module, body: Computation, name: str) -> int | None:
+    """Bytes that a fused computation, and those in it, read of its parameter: slices of it only;
+    None: all."""
     total = 0
     for x in body.users.get(name, ()):
         if x.opcode in SLICES and x.operands[0] == name:
             total += sum(s.bytes for s in x.shapes[:1])
         elif x.opcode == "dynamic-update-slice" and x.operands[0] == name != x.operands[1]:
             continue
-        elif x.opcode == "bitcast":
-            inner = _read(body, x.name)
-            if inner is None:
+        elif x.opcode in ("bitcast", "fusion"):
+            places = [(body, x.name)]
+            if x.opcode == "fusion":
+                fused = module.computations[x.called[0]]
+                pairs = zip(x.operands, _arguments(fused), strict=True)
+                places = [(fused, argument.name) for maker, argument in pairs if maker == name]
+            parts = [_read(module, *place) for place in places]
+            if None in parts:
                 return None
-            total += inner
+            total += sum(part or 0 for part in parts)
         else:
             return None
     return total
 
 
-def _written(body: Computation, x: Instruction) -> int:
+def _written(module: Module, body: Computation, x: Instruction) -> int:
     """Bytes that the root of a fused computation writes; of an update in place, the update."""
     if x.opcode == "tuple":
         parts = [body.named[n] for n in x.operands if n in body.named]
-        return sum(_written(body, part) for part in parts)
+        return sum(_written(module, body, part) for part in parts)
     if x.opcode == "bitcast" and body.operand(x, 0):
-        return _written(body, body.operand(x, 0))
+        return _written(module, body, body.operand(x, 0))
+    if x.opcode == "fusion" and x.called:
+        fused = module.computations[x.called[0]]
+        return _written(module, fused, fused.root)
     if x.opcode == "dynamic-update-slice" and body.operand(x, 1):
         return sum(s.bytes for s in body.operand(x, 1).shapes[:1])
     return sum(s.bytes for s in x.shapes)
@@ -169,7 +184,8 @@ def traffic(module: Module) -> dict[str, float]:
     for name, times in module.runs.items():
         body = module.computations[name]
         for x in body.instructions:
-            if x.opcode not in STILL and not x.opcode.endswith("-done"):
+            still = x.opcode in STILL or x.opcode.endswith("-done") or ALLOCATED in x.text
+            if not still:
                 found[x.name] = found.get(x.name, 0.0) + times * _moved(module, body, x)
     return found
 
@@ -189,11 +205,9 @@ def _moved(module: Module, body: Computation, x: Instruction) -> int:
         kind = x.opcode.removesuffix("-start")
         written = x.shapes[1:2] if kind != x.opcode and kind in KINDS else x.shapes
         return _held(written) + sum(_held(m.shapes) for m in makers)
-    arguments = [i for i in inner.instructions if i.opcode == "parameter"]
-    arguments.sort(key=lambda i: int(i.literal))
     total = 0
-    for maker, argument in zip(makers, arguments, strict=False):
+    for maker, argument in zip(makers, _arguments(inner), strict=False):
         whole = _held(maker.shapes)
-        part = _read(inner, argument.name) if whole else 0
+        part = _read(module, inner, argument.name) if whole else 0
         total += whole if part is None else min(part, whole)
-    return total + min(_held(x.shapes), _written(inner, inner.root))
+    return total + min(_held(x.shapes), _written(module, inner, inner.root))

@@ -29,9 +29,9 @@ image and 0.5 to 1 of a pair's (BEiT v2, VLMo); pixels of mean and std 0.5; the 
 decay of vectors, biases, positions and CLS (`beit2`).
 
 TPU slices (launch/README.md has what they give):
-    size=base    v5e:8x8  --config.optimizer.accumulate=16
-    size=large   v6e:8x8  --config.optimizer.accumulate=8
-    size=giant   2 x v5p:4x4x8  --config.optimizer.accumulate=2
+    size=base    v5e:8x8  --config.model.remat=full
+    size=large   v6e:8x8
+    size=giant   2 x v5p:4x4x8
 """
 
 from configs import common

@@ -22,7 +22,7 @@ for 8 x 16); the teacher computes in float32; the collapse guards, off there, ar
 TPU slices (launch/README.md has what they give):
     size=base    v5e:8x8  --config.optimizer.accumulate=2
     size=large   v5e:8x8  --config.optimizer.accumulate=2
-    size=huge    v5e:8x8  --config.optimizer.accumulate=4
+    size=huge    v6e:8x8  --config.optimizer.accumulate=2
 """
 
 from configs import common

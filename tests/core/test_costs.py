@@ -125,6 +125,34 @@ def test_slices_updates_and_near_memory():
     }
 
 
+NESTED = """%take (t.0: f32[24,8,128], t.1: s32[]) -> f32[8,128] {
+  %t.0 = f32[24,8,128] parameter(0)
+  %t.1 = s32[] parameter(1)
+  %one = f32[1,8,128] dynamic-slice(%t.0, %t.1, %t.1, %t.1), dynamic_slice_sizes={1,8,128}
+  ROOT %flat = f32[8,128] bitcast(%one)
+}
+
+%outer (o.0: f32[24,8,128], o.1: s32[]) -> f32[8,128] {
+  %o.0 = f32[24,8,128] parameter(0)
+  %o.1 = s32[] parameter(1)
+  %layer = f32[8,128] fusion(%o.0, %o.1), kind=kLoop, calls=%take
+  ROOT %more = f32[8,128] negate(%layer)
+}
+
+ENTRY %main (a: f32[24,8,128]) -> f32[8,128] {
+  %a = f32[24,8,128] parameter(0)
+  %i = s32[] constant(3)
+  %room = f32[24,8,128] custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %all = f32[8,128] fusion(%a, %i), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_a_slice_within_a_fusion_within_a_fusion():
+    """And room that is only set aside moves nothing."""
+    assert costs.traffic(hlo.parse(NESTED)) == {"all": 2 * 4 * 8 * 128 + 4}
+
+
 def test_traffic_of_a_program_compiled_here():
     module, _ = compiled(lambda x: x + 1.0, (256, 256))
     assert math.fsum(costs.traffic(module).values()) == 2 * 4 * 256 * 256
