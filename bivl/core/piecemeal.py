@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 
 from bivl.core import checkpoint
 
-CHUNK = 2**24  # bytes that are compressed at a time
+CHUNK = 2**24  # bytes of a file on disk, and of what is compressed at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +38,16 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
 def save(step_dir: Path, state, config) -> None:
     """Writes a step's folder: a tree of `Deferred` and a config.
 
-    In memory is the largest array and about half as much of it compressed. Whatever a `read` raises
-    is passed on; nothing is at `step_dir` then.
+    In memory is one array and what is being compressed of it. Whatever a `read` raises is passed
+    on; nothing is at `step_dir` then.
     """
     registry = ocp.type_handlers.create_type_handler_registry(
         (Deferred, _OneByOne(deepcopy_host_arrays=False)),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # unused, but Orbax warns without one
     )
     arrays = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), state)
     args = ocp.args.Composite(
-        state=ocp.args.PyTreeSave(state, save_args=chunks),
+        state=ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=CHUNK),
         config=ocp.args.JsonSave(config.to_dict()),
     )
     parts = {"state": arrays, "config": ocp.JsonCheckpointHandler()}
