@@ -16,12 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from flax import traverse_util
 
 from bivl import model
-from bivl.core import checkpoint, cli
+from bivl.core import checkpoint, cli, piecemeal
 from bivl.core import config as configs
 from bivl.core.errors import UserError
 from bivl.weights import export as exports
@@ -47,7 +45,6 @@ FLAGS = {
     "--part": {"help": "the top-level key of the file to use, such as model_ema"},
     "--teacher": {"action": "store_true", "help": "keep the averaged model as the teacher"},
 }
-LEAST_GB = 0.25  # is copied at a time when a checkpoint is written
 CONVERSION = "conversion.json"
 KEPT = "kept.safetensors"  # beside a checkpoint: tensors that our model has no place for
 SOURCE = "source"  # beside a checkpoint: the small files that came with the weights
@@ -113,11 +110,9 @@ class Own:
         parts = {
             path if path.startswith("extras/") else f"params/{path}": s for path, s in flat.items()
         }
-        tree = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in parts.items()}
-        wanted = traverse_util.unflatten_dict(tree, sep="/")
-        checkpoint.check_shapes(self.step_dir, wanted, "")
-        read = traverse_util.flatten_dict(checkpoint.restore_part(self.step_dir, wanted), sep="/")
-        arrays = {path.removeprefix("params/"): np.asarray(x) for path, x in read.items()}
+        wanted = {path: piecemeal.stored(self.step_dir, path, s) for path, s in parts.items()}
+        checkpoint.check_shapes(self.step_dir, traverse_util.unflatten_dict(wanted, sep="/"), "")
+        arrays = {path.removeprefix("params/"): x for path, x in wanted.items()}
         report, kept = {}, {}
         if (self.root / CONVERSION).is_file():
             report = vocabularies.read_json(self.root / CONVERSION)
@@ -156,16 +151,9 @@ def write_checkpoint(found: Found, folder: Path, final: Path) -> dict:
     if found.teacher:
         state["teacher"] = traverse_util.unflatten_dict(dict(found.teacher), sep="/")
     (folder / "config.json").write_text(configs.to_json(config))
-    largest = max(x.nbytes for x in (*found.arrays.values(), *found.teacher.values()))
-    write_gb = max(LEAST_GB, largest / 1e9 * 1.01)
-    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", keep=1, write_gb=write_gb)
-    checkpoints.save(0, state, config, wait=True)
-    checkpoints.close()
+    piecemeal.save(folder / "checkpoints" / "0", state, config)
     if found.kept:
-        kept = {
-            k: exports.Saved(tuple(t.shape), str(t.dtype), t.read) for k, t in found.kept.items()
-        }
-        exports.write_safetensors(folder / KEPT, kept)
+        exports.write_safetensors(folder / KEPT, found.kept)
     return found.report
 
 

@@ -35,6 +35,12 @@ PAIRS = {"pair.length": "16", "model.text_rows": "40"}
 STREAMS = COMMON | PAIRS | {"image_size": "32", "batch_size": "24", "text.length": "32"}
 STREAMS |= {"model.depth": "1"}  # an encoder runs five times in an update
 STREAMS |= {"data.images.image_size": "32", "data.pairs.image_size": "32"}
+TOWER = {f"model.text.{key}": COMMON[f"model.{key}"] for key in ("width", "num_heads", "mlp_dim")}
+TOWER |= {"model.text.depth": "1", "pair.length": "16"}
+MAPS = {key: value for key, value in SMALL.items() if not key.startswith("model.")}
+MAPS |= {"model.widths": "(32, 32)", "model.stem": "8"} | {
+    f"model.{key}": "(1, 1)" for key in ("repeats", "kernels", "strides", "expansions")
+}
 PRETRAIN = {  # the objectives of pre-training by their configs, and what makes these small
     "data2vec_image": SMALL,
     "data2vec_text": TEXT,
@@ -47,6 +53,9 @@ PRETRAIN = {  # the objectives of pre-training by their configs, and what makes 
     "beit3": STREAMS | TOKENIZER,
     "bivl": STREAMS | {"top_k_layers": "1", "contrast.width": "16"},
     "contrastive": SMALL | PAIRS | {"contrast.width": "16"},
+    "clip": SMALL | TOWER | {"model.depth": "1", "contrast.width": "16"},
+    "vilt": SMALL | PAIRS | {"model.depth": "1"},
+    "align": MAPS | TOWER | {"contrast.width": "32", "model.text.depth": "2"},
 }
 
 

@@ -216,20 +216,13 @@ def _matching_extras(step_dir: Path, saved: dict, extras):
 class Checkpoints:
     """The `checkpoints/` folder of a run."""
 
-    def __init__(self, directory: Path, keep: int, write_gb: float | None = None):
-        """`keep`: how many steps stay. `write_gb`: how much of a state is copied for writing at a
-        time, at least its largest array; None: all of it, so that training goes on meanwhile."""
+    def __init__(self, directory: Path, keep: int):
+        """`keep`: how many steps stay."""
         self.directory = Path(directory).resolve()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=max(keep, 1), cleanup_tmp_directories=True, create=True
         )
-        handlers = {}
-        if write_gb is not None:
-            state = ocp.StandardCheckpointHandler(save_concurrent_gb=write_gb)
-            handlers = {"state": state, "config": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=options, item_handlers=handlers or None
-        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, state: State, config, wait: bool = False) -> None:
         """Starts a save (finished before return with `wait`); a step on disk is not saved again."""

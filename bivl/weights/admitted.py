@@ -73,8 +73,9 @@ KINDS: Mapping[str, np.dtype] = {
 } | {f"torch.{name}": dtype for name, dtype in DTYPES.items()}
 BYTES = "torch.storage.UntypedStorage"
 
-# Dictionary: the letters of a fine-tuned speech model, in the task_state of fairseq's files. It is
-# a list of strings and their numbers; without it no such file could be read.
+# Objects of these become a `Record`: neither class is looked up, called or needed.
+# Dictionary: the letters of a fine-tuned speech model, in the task_state of fairseq's files, strings
+# and their numbers; without it no such file could be read.
 CLASSES = frozenset({"argparse.Namespace", "fairseq.data.dictionary.Dictionary"})
 
 

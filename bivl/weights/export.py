@@ -4,18 +4,19 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bivl.core.errors import UserError
+from bivl.core.piecemeal import Deferred
 from bivl.weights import matching
 from bivl.weights import report as reports
-from bivl.weights.rules import Rule
+from bivl.weights.rules import Piece, Rule
 from bivl.weights.safetensors import KINDS
-from bivl.weights.tensors import DTYPES
+from bivl.weights.tensors import DTYPES, Tensor
 
 NAMES = {dtype: kind for kind, dtype in KINDS.items()}
 
@@ -50,22 +51,13 @@ class Export:
     """Further files by name, JSON or text: preprocessor, vocabulary; the source's own go first."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Saved:
-    """A tensor to be written: `make` gives it when its turn comes."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    make: Callable[[], np.ndarray]
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Saved]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Deferred | Tensor]) -> None:
     """Writes the tensors one after another; in memory is one at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, tensor in tensors.items():
-        size = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
-        place = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        size = math.prod(tensor.shape) * tensor.dtype.itemsize
+        place = {"dtype": NAMES[tensor.dtype.name], "shape": list(tensor.shape)}
         header[name] = place | {"data_offsets": [start, start + size]}
         start += size
     text = json.dumps(header).encode()
@@ -73,8 +65,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Saved]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            value = tensor.make().astype(DTYPES[tensor.dtype])
-            assert value.shape == tensor.shape
+            value = tensor.read().astype(tensor.dtype, copy=False)
+            assert value.shape == tuple(tensor.shape)
             file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
 
 
@@ -82,14 +74,19 @@ def write_safetensors(path: Path, tensors: Mapping[str, Saved]) -> None:
 class Written:
     """What is to be written: tensors by name, and conversion.json."""
 
-    tensors: Mapping[str, Saved]
+    tensors: Mapping[str, Deferred | Tensor]
     report: dict
 
 
 def folder(
-    made: Export, arrays: Mapping[str, np.ndarray], origin: Origin, kept: Mapping, report: dict
+    made: Export,
+    arrays: Mapping[str, Deferred],
+    origin: Origin,
+    kept: Mapping[str, Tensor],
+    report: dict,
 ) -> Written:
-    """Our arrays by path -> the tensors of an export.
+    """Our arrays by path -> the tensors of an export, to be read in their order: those of one array
+    follow each other, so that it need be read but once.
 
     kept: tensors of the source that ours has no place for, given back as they were; `report` the
     source's conversion.json, which knows the types. UserError for a parameter without a place.
@@ -105,20 +102,31 @@ def folder(
                 f"{path} has no place in {made.config['model_type']}; it cannot be left"
             )
     types = {row["source"]: row["dtype"] for row in report.get("mapped", ())}
-    tensors = {}
-    for name, pieces in names.items():
-        make = functools.partial(matching.assemble, pieces, arrays)
-        tensors[name] = Saved(pieces[0].wanted, types.get(name, "float32"), make)
+    tensors, held = {}, {}
+    for name, pieces in sorted(names.items(), key=lambda item: [piece.path for piece in item[1]]):
+        make = functools.partial(_assembled, pieces, arrays, held)
+        dtype = DTYPES[types.get(name, "float32")]
+        tensors[name] = Deferred(pieces[0].wanted, dtype, make)
     added = [(name, "given back as it was") for name in kept]
     for name, value in made.constants.items():
         if name not in kept and (not origin.names or name in origin.names):
             added.append((name, "computed: ours has no such parameter"))
-            dtype = "int64" if value.dtype.kind == "i" else "float32"
-            tensors[name] = Saved(value.shape, dtype, lambda value=value: value)
-    for name, tensor in kept.items():
-        tensors[name] = Saved(tuple(tensor.shape), str(tensor.dtype), tensor.read)
+            dtype = DTYPES["int64" if value.dtype.kind == "i" else "float32"]
+            tensors[name] = Deferred(value.shape, dtype, lambda value=value: value)
     family = str(made.config["model_type"])
-    return Written(tensors, reports.exported(family, names, left, added))
+    return Written({**tensors, **kept}, reports.exported(family, names, left, added))
+
+
+def _assembled(
+    pieces: Sequence[Piece], arrays: Mapping[str, Deferred], held: dict[str, np.ndarray]
+) -> np.ndarray:
+    """The tensor of `pieces`; `held` are the arrays that the one before was made of."""
+    paths = {piece.path for piece in pieces}
+    for path in set(held) - paths:
+        del held[path]
+    for path in paths - set(held):
+        held[path] = arrays[path].read()
+    return matching.assemble(pieces, held)
 
 
 def _reason(made: Export, origin: Origin, path: str) -> str:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
 from bivl.core.errors import UserError
+from bivl.core.piecemeal import Deferred
 from bivl.weights import matching, vocabularies
 from bivl.weights import report as reports
 from bivl.weights.files import open_weights
@@ -58,7 +58,7 @@ def shapes(objective) -> tuple[dict, dict]:
     return flat(params | ({"extras": extras} if extras else {})), flat(teacher)
 
 
-def initialised(objective, seed: int, paths) -> dict[str, np.ndarray]:
+def initialised(objective, seed: int, paths) -> dict[str, Deferred]:
     """The parameters at `paths` as training initialises them."""
 
     def init():
@@ -66,16 +66,17 @@ def initialised(objective, seed: int, paths) -> dict[str, np.ndarray]:
         flat = traverse_util.flatten_dict(params | {"extras": extras}, sep="/")
         return {path: flat[path] for path in paths}
 
-    return {path: np.asarray(x) for path, x in jax.jit(init)().items()} if paths else {}
+    made = {path: np.asarray(x) for path, x in jax.jit(init)().items()} if paths else {}
+    return {path: Deferred(x.shape, x.dtype, lambda x=x: x) for path, x in made.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A model in memory, ours by path, and what is to be said of where it came from."""
+    """A model, ours by path, and what is to be said of where it came from."""
 
     config: Any
-    arrays: Mapping[str, jax.Array | np.ndarray]
-    teacher: Mapping[str, jax.Array | np.ndarray]
+    arrays: Mapping[str, Deferred]
+    teacher: Mapping[str, Deferred]
     report: dict
     """conversion.json; empty for a checkpoint that was trained here."""
     kept: Mapping[str, Any]
@@ -99,7 +100,7 @@ class Official:
             raise UserError("--teacher: the file has no averaged model; leave the flag out")
 
     def read(self, config, objective) -> Found:
-        """Everything, once the table is complete; UserError names the first gap."""
+        """What is to be read, once the table is complete; UserError names the first gap."""
         plan, (ours, teachers) = self.plan, shapes(objective)
         tensors = self.weights.tensors
         sources = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -113,10 +114,9 @@ class Official:
         report |= reports.imported(self.weights, plan, found, aside, fresh)
         print(reports.table(report))
         reports.check(report)
-        # jax's arrays: Orbax copies NumPy's all at once.
-        arrays = {path: jnp.asarray(x) for path, x in matching.fill(found, tensors, ours)}
+        arrays = matching.filled(found, tensors, ours)
         arrays |= initialised(objective, config.seed, fresh)
-        teacher = {path: jnp.asarray(x) for path, x in matching.fill(aside, tensors, teachers)}
+        teacher = matching.filled(aside, tensors, teachers)
         for note in plan.notes:
             log.warning("note: %s", note)
         return Found(config, arrays, teacher, report, self._kept(found), self.files)

@@ -1,17 +1,19 @@
 """Tables and tensors: what of a file has a place in our parameters, reading it, and the way back.
 
-`match` compares a table with the names and shapes of a file and of our parameters, `fill` reads the
-tensors into our arrays; `exported` and `assemble` make the file's tensors from our arrays again.
+`match` compares a table with the names and shapes of a file and of our parameters, `filled` makes
+our arrays of the file's; `exported` and `assemble` make the file's tensors from our arrays again.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from bivl.core.errors import UserError
+from bivl.core.piecemeal import Deferred
 from bivl.weights import rules
 from bivl.weights.rules import Piece, Rule
 from bivl.weights.transforms import TRANSFORMS, Shape
@@ -106,23 +108,27 @@ def _missing(table, ours, filled: set[str], fresh) -> tuple[tuple[str, str], ...
     return tuple(missing)
 
 
-def fill(
+def filled(
     found: Match, tensors: Mapping[str, Any], ours: Mapping[str, Shape]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, float32 array) of every parameter that the file has, one at a time.
+) -> dict[str, Deferred]:
+    """Path -> float32 array of every parameter that the file has; nothing is read before its turn.
 
-    `tensors` map names to objects with `read() -> np.ndarray`. UserError for what is no number or
-    not finite.
+    `tensors` map names to objects with `read() -> np.ndarray`. Reading an array raises UserError
+    for what is no number or not finite.
     """
     by_path: dict[str, list[Piece]] = {}
     for piece in sorted(found.pieces, key=lambda piece: piece.added):
         by_path.setdefault(piece.path, []).append(piece)
-    for path, pieces in by_path.items():
+
+    def fill(path: str) -> np.ndarray:
         array = np.empty(ours[path], np.float32)
-        for piece in pieces:
+        for piece in by_path[path]:
             value = piece.of(checked(piece.source, tensors[piece.source].read()))
             array[piece.index] = array[piece.index] + value if piece.added else value
-        yield path, array
+        return array
+
+    dtype = np.dtype(np.float32)
+    return {path: Deferred(ours[path], dtype, functools.partial(fill, path)) for path in by_path}
 
 
 def checked(name: str, tensor: np.ndarray) -> np.ndarray:
@@ -130,7 +136,8 @@ def checked(name: str, tensor: np.ndarray) -> np.ndarray:
     if tensor.dtype.kind != "f" and tensor.dtype.name != "bfloat16":
         raise UserError(f"{name} holds {tensor.dtype}, not weights; give another file")
     with np.errstate(over="ignore"):  # what float32 cannot hold is not finite either
-        finite = np.isfinite(tensor.astype(np.float32)).all()
+        long = tensor.dtype.itemsize > 4
+        finite = np.isfinite(tensor.astype(np.float32) if long else tensor).all()
     if not finite:
         raise UserError(f"{name} holds values that are not finite; give a file that is whole")
     return tensor

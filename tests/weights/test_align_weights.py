@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import weight_writers
 from flax import linen as nn
 from flax import traverse_util
 
@@ -42,10 +43,7 @@ def batches():
 def written(folder, tensors, config):
     """A folder as transformers writes it."""
     folder.mkdir()
-    saved = {
-        name: export.Saved(x.shape, str(x.dtype), lambda x=x: x) for name, x in tensors.items()
-    }
-    export.write_safetensors(folder / "model.safetensors", saved)
+    weight_writers.safetensors(folder / "model.safetensors", tensors)
     if config:
         (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -180,7 +178,8 @@ def image_tower():
     )
     assert not found.missing and not found.unused
     tensors = {k: types.SimpleNamespace(read=lambda x=x: x) for k, x in sources.items()}
-    filled = traverse_util.unflatten_dict(dict(matching.fill(found, tensors, ours)), sep="/")
+    arrays = {k: x.read() for k, x in matching.filled(found, tensors, ours).items()}
+    filled = traverse_util.unflatten_dict(arrays, sep="/")
     return model, filled["image_trunk"], filled["extras"]["statistics"]["image_trunk"]
 
 

@@ -6,11 +6,11 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import weight_writers
 
 import bivl
 from bivl import convert
 from bivl.core.errors import UserError
-from bivl.weights.export import Saved, write_safetensors
 from bivl.weights.files import open_weights
 from golden import data2vec_vision
 
@@ -30,9 +30,8 @@ def written(folder, params, config, dtype=np.float32):
     """A folder as `save_pretrained` writes it."""
     folder.mkdir()
     (folder / "config.json").write_text(str(config))
-    name = np.dtype(dtype).name
-    tensors = {k: Saved(v.shape, name, lambda v=v: v.astype(dtype)) for k, v in params.items()}
-    write_safetensors(folder / "model.safetensors", tensors)
+    tensors = {k: v.astype(dtype) for k, v in params.items()}
+    weight_writers.safetensors(folder / "model.safetensors", tensors)
     return folder
 
 

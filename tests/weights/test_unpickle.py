@@ -167,8 +167,9 @@ def test_objects_of_the_library(protocol):
 
 def test_dictionary_of_fairseq():
     """The letters of a speech model come as plain data, without fairseq."""
-    made = loaded(instance(name("fairseq.data.dictionary", "Dictionary"), symbols=["a", "b"]))
-    assert made == Record("fairseq.data.dictionary.Dictionary", {"symbols": ["a", "b"]})
+    state = {"symbols": ["a", "b"], "__class__": "c", "__setstate__": "d"}  # names like others
+    made = loaded(instance(name("fairseq.data.dictionary", "Dictionary"), **state))
+    assert type(made) is Record and made == Record("fairseq.data.dictionary.Dictionary", state)
 
 
 BROKEN = {
@@ -199,8 +200,10 @@ BROKEN = {
     "a list made of a number": call(name("builtins", "set"), 3),
     "call of a text": text("os.system") + b")R",
     "call of a class": call(name("argparse", "Namespace")),
+    "call of fairseq's class": call(name("fairseq.data.dictionary", "Dictionary")),
     "object of a function": name("torch", "Size") + b")\x81",
     "object with arguments": name("argparse", "Namespace") + b"K\x01\x85\x81",
+    "a text where a class should be": text("fairseq.data.dictionary.Dictionary") + b")\x81",
     "attributes twice": instance(name("argparse", "Namespace"), a=1) + b"}X\x01\x00\x00\x00bNsb",
     "attributes that are none": name("argparse", "Namespace") + b")\x81K\x01b",
     "attributes of a number": b"K\x01}b",

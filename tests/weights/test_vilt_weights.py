@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import weight_writers
 
 import bivl
 import conversions
@@ -139,8 +140,7 @@ def test_and_on_to_huggingface(tmp_path):
 def folder(path, tensors, settings, **texts):
     """A Hugging Face folder."""
     path.mkdir()
-    saved = {k: export.Saved(v.shape, "float32", lambda v=v: v) for k, v in tensors.items()}
-    export.write_safetensors(path / "model.safetensors", saved)
+    weight_writers.safetensors(path / "model.safetensors", tensors)
     config = {"model_type": "vilt", "num_attention_heads": 3, "layer_norm_eps": 1e-5} | settings
     (path / "config.json").write_text(json.dumps(config))
     for name, text in texts.items():
