@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from bivl.core import watch
+from bivl.core import relay, rollcall, watch
 from bivl.core.errors import UserError
 
 log = logging.getLogger("bivl")
@@ -118,13 +118,18 @@ def start(args, seconds: float | None = None) -> None:
     address, count, process, devices = _given(args) or _found() or (None, 1, 0, None)
     if count > 1:
         if process:
-            hosts, links = watch.answer(address, process, count, seconds)
+            hosts, links = rollcall.answer(address, process, count, seconds)
         else:
             port, names = int(address.rpartition(":")[2]), _expected(count)
-            hosts, links = watch.call(port, count, seconds, names)
-        jax.distributed.initialize(address, count, process, devices)
+            hosts, links = rollcall.call(port, count, seconds, names)
         _watch = watch.Watch(process, hosts, links, (still, apart))
         _watch.start()
+        door = relay.start(address) if process else address
+        # The watch tells who is lost; jax, which names nobody, is to notice later.
+        beats = int(still or 1e6) + 600
+        jax.distributed.initialize(
+            door, count, process, devices, heartbeat_timeout_seconds=beats
+        )
         atexit.register(_watch.leave)  # runs before jax's own, which waits for the others
         _limit_checkpoints()
         log.info("process %d of %d on %s", process, count, hosts[process])
@@ -157,7 +162,7 @@ def host(process: int) -> str:
 
 def name(process: int) -> str:
     """How messages name a process: by number and host."""
-    return watch.label(process, _watch.hosts if _watch else [socket.gethostname()])
+    return rollcall.label(process, _watch.hosts if _watch else [socket.gethostname()])
 
 
 def tick() -> None:
@@ -166,10 +171,13 @@ def tick() -> None:
         _watch.tick()
 
 
-def failed(why: str) -> None:
-    """Tells the other processes why this one ends; they stop with the same words."""
+def failed(why: str, code: int = 2, ask: bool = False) -> None:
+    """Tells the other processes why this one ends; they stop with the same words and exit code.
+
+    With `ask` it does not return where another process is known to be what this one failed of.
+    """
     if _watch:
-        _watch.leave(why)
+        _watch.leave(why, code, ask)
 
 
 def _client():
