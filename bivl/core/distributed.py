@@ -30,8 +30,12 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # jax's own default, 8482, is not among the ports that the firewall of a new TPU slice passes
 # (jax issue 35905); 8476 is.
 TPU_PORT = "8476"
+# Seconds that the last process may compile longer than the first. Where their devices meet for the
+# first time they do not wait for each other so long (gloo, on CPUs: 30 s), so the processes do.
+COMPILING = 3600.0
 
 _watch: watch.Watch | None = None
+_met = False
 
 
 class Late(Exception):
@@ -127,9 +131,7 @@ def start(args, seconds: float | None = None) -> None:
         door = relay.start(address) if process else address
         # The watch tells who is lost; jax, which names nobody, is to notice later.
         beats = int(still or 1e6) + 600
-        jax.distributed.initialize(
-            door, count, process, devices, heartbeat_timeout_seconds=beats
-        )
+        jax.distributed.initialize(door, count, process, devices, heartbeat_timeout_seconds=beats)
         atexit.register(_watch.leave)  # runs before jax's own, which waits for the others
         _limit_checkpoints()
         log.info("process %d of %d on %s", process, count, hosts[process])
@@ -187,10 +189,12 @@ def _client():
 
 
 def barrier(what: str, seconds: float | None = None) -> None:
-    """Waits for all processes; Late, naming the others, after `seconds` (BIVL_WAIT_SECONDS)."""
+    """Waits for all processes; Late, naming the others, after `seconds` (BIVL_WAIT_SECONDS).
+
+    Who waits here has not gone on: the watch lets the others come within this limit, not its own.
+    """
     if jax.process_count() == 1:
         return
-    tick()
     seconds = limit("BIVL_WAIT_SECONDS", 300) if seconds is None else seconds
     try:
         _client().wait_at_barrier(f"bivl: {what}", int(seconds * 1000))
@@ -201,6 +205,7 @@ def barrier(what: str, seconds: float | None = None) -> None:
             raise Late(f"{what}: {' '.join(text.split())[:300]}") from error
         late = ", ".join(name(int(number)) for number in found[1].split()[:8])
         raise Late(f"{what}: {late} did not come within {seconds:.0f} s") from error
+    tick()
 
 
 def exchange(what: str, value, seconds: float | None = None) -> list:
@@ -226,11 +231,20 @@ def preempted(step: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(step)
 
 
+def _gathered(tree):
+    """Global arrays, whole in every process."""
+    global _met
+    if not _met:
+        barrier("gather", COMPILING)
+        _met = True
+    tick()
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
 def to_host(tree):
     """Global arrays in any pytree -> numpy, whole, the same in every process."""
     if jax.process_count() > 1:
-        tick()
-        tree = multihost_utils.process_allgather(tree, tiled=True)
+        tree = _gathered(tree)
     return jax.tree.map(np.asarray, tree)
 
 
@@ -238,5 +252,4 @@ def total(value: int) -> int:
     """Sum of a local number over all processes."""
     if jax.process_count() == 1:
         return value
-    tick()
-    return int(multihost_utils.process_allgather(np.int64(value)).sum())
+    return int(_gathered(np.int64(value)).sum())

@@ -156,7 +156,9 @@ class Watch(threading.Thread):
             self.moved[0] = (self.ticks, now)
         if late := self._late(now) if self.still else []:
             names = ", ".join(label(process, self.hosts) for process in late[:8])
-            self._stop(f"{names} stood still for {self.still:.0f} s, others wait; {RESUME}", 1, late)
+            self._stop(
+                f"{names} stood still for {self.still:.0f} s, others wait; {RESUME}", 1, late
+            )
 
     def _late(self, now: float) -> list[int]:
         """Who gives no sign of life, or else who is the last of all and has long been so."""

@@ -69,8 +69,7 @@ def test_one_that_is_not_there_yet_may_come(coordinator):
     address = f"127.0.0.1:{coordinator.getsockname()[1]}"
     coordinator.close()
     door = relay.start(address)
-    with call(door) as near:
-        with contextlib.suppress(ConnectionError):
-            assert near.recv(1) == b""
+    with call(door) as near, contextlib.suppress(ConnectionError):
+        assert near.recv(1) == b""
     with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))), call(door) as near:
         near.sendall(b"again")
