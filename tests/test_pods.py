@@ -57,6 +57,14 @@ def save(self, step, *args, old=Checkpoints.save, **options):
         os.kill(os.getpid(), 9)
 Checkpoints.save = save
 """
+FAILURE = """
+from bivl.core.loop import Loop
+def log(self, step, *args, old=Loop.log):
+    if step == 3:
+        raise OSError("no space left")
+    old(self, step, *args)
+Loop.log = log
+"""
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +246,11 @@ def test_one_of_four_killed_while_it_compiles_or_saves(start, pair, tmp_path, vi
     assert_stopped(processes, victim, "is gone, killed or cut off")
     finish_all(start_all(start, "train", arguments(tmp_path, ALONE), 1))
     assert_close(tmp_path, pair)
+
+
+@pytest.mark.meshes
+@pytest.mark.parametrize("victim", [0, 2])
+def test_why_one_of_four_failed_is_what_all_say(start, tmp_path, victim):
+    processes = start_all(start, "train", arguments(tmp_path, ALONE), 4, codes={victim: FAILURE})
+    assert_stopped(processes, victim, "has ended: OSError: no space left")
+    assert finish(processes[victim], 1) == "failed: OSError: no space left"

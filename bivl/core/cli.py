@@ -89,8 +89,10 @@ def run(main, argv=None) -> None:
     except Exception as error:
         traceback.print_exc()
         line = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        distributed.failed(line, 1, ask=True)
+        if not isinstance(error, distributed.Late):  # which says itself who is to blame
+            distributed.failed(line, 1, ask=True)
         _say_last(f"failed: {line}")
+        distributed.failed(line, 1)
         sys.exit(1)
 
 

@@ -176,7 +176,8 @@ def tick() -> None:
 def failed(why: str, code: int = 2, ask: bool = False) -> None:
     """Tells the other processes why this one ends; they stop with the same words and exit code.
 
-    With `ask` it does not return where another process is known to be what this one failed of.
+    Called when it has said so itself. Or before, with `ask`: then it does not return where another
+    process is known to be what this one failed of.
     """
     if _watch:
         _watch.leave(why, code, ask)

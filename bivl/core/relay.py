@@ -7,6 +7,7 @@ has which devices, barriers, signs of life; arrays go other ways.
 """
 
 import contextlib
+import os
 import socket
 import threading
 import time
@@ -17,6 +18,8 @@ PATIENCE = 60.0  # seconds that the watch has to name process 0
 def start(address: str) -> str:
     """Passes connections on to HOST:PORT; returns the address that does so."""
     host, _, port = address.rpartition(":")
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = f"{direct},127.0.0.1" if direct else "127.0.0.1"  # gRPC reads it
     listener = socket.create_server(("127.0.0.1", 0))
     target = (host.strip("[]"), int(port))
     threading.Thread(target=_serve, args=(listener, target), name="relay", daemon=True).start()

@@ -51,7 +51,8 @@ class Watch(threading.Thread):
         self.heard = dict.fromkeys(links, time.monotonic())
         self.ended: dict[int, tuple[float, str, int]] = {}  # when, why, exit code
         self.asking: set[int] = set()  # who wants to know whether another is to blame
-        self.left, self.code = False, None
+        self.left = False
+        self.code: int | None = None  # where this process has said its last line
         self.answered = threading.Event()
         for link in links.values():
             _keep_alive(link)
@@ -66,11 +67,11 @@ class Watch(threading.Thread):
         It has said why by now and exits with `code`; or it will `ask` first, for its problem may
         follow from what has ended another: then the watch ends this process in that one's name.
         """
+        if problem and not ask:
+            self.code = code
         if self.left:
             return
         self.left = True
-        if not ask:
-            self.code = code
         if self.process == 0:
             self.ended[0] = (time.monotonic(), problem, code)
             self.asking |= {0} if ask else set()

@@ -1,6 +1,7 @@
 """The relay between jax and its coordinator, over connections of this host."""
 
 import contextlib
+import os
 import socket
 
 import pytest
@@ -9,8 +10,9 @@ from bivl.core import relay
 
 
 @pytest.fixture
-def coordinator():
+def coordinator(monkeypatch):
     """Something that listens."""
+    monkeypatch.setenv("no_proxy", "example.org")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(60)
         yield listener
@@ -43,6 +45,7 @@ def test_what_is_said_arrives_both_ways(coordinator):
             text = bytes(range(256)) * 64
             sender.sendall(text)
             assert exactly(receiver, len(text)) == text
+        assert os.environ["no_proxy"] == "example.org,127.0.0.1"
         near.close()
         assert far.recv(1) == b""  # who hangs up here is not kept there
 

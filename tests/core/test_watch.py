@@ -134,6 +134,7 @@ def test_process_0_asks_itself_and_the_first_word_of_one_stays(watched):
     found.answered.set()
     found.leave("RuntimeError: connection closed by peer", ask=True)
     found.leave()
+    assert found.code is None  # it has not spoken yet
     assert found.asking == {0, 1} and one.receive()[0]["ended"].startswith("RuntimeError")
     with pytest.raises(Stopped, match=r"process 1 \(host b\) has ended: OSError"):
         found._answer({0})
