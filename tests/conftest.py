@@ -22,7 +22,8 @@ flags.FLAGS.mark_as_parsed()
 gc.set_threshold(100_000, 20, 20)  # a sixth of the time of tracing and compiling, as it comes
 jax.config.update("jax_numpy_rank_promotion", "allow")
 
-SLOWEST = ("pretrain", "processes", "train", "finetune")  # first, so that no worker ends with one
+# First, so that no worker ends with one.
+SLOWEST = ("pretrain", "pods", "processes", "train", "finetune")
 
 
 def pytest_configure(config):

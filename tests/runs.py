@@ -14,6 +14,7 @@ COMMON = {
     "evaluators": "",
     "steps": "4",
 }
+SHALLOW = {"model.depth": "1", "top_k_layers": "1"}  # where every process traces and compiles
 SMALL = COMMON | {"image_size": "32", "data.image_size": "32"}
 DECODER = {"decoder.width": "16", "decoder.depth": "1", "top_k_layers": "2"}
 TEXT = COMMON | {"text.length": "32", "top_k_layers": "2"}

@@ -3,11 +3,9 @@
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -199,26 +197,6 @@ def test_one_that_does_not_come_to_a_barrier_is_named(start, tmp_path):
     processes = [start(i, 2, "--seconds=25", code=("", LATE)[i]) for i in range(2)]
     assert processes[0].wait(TIMEOUT) == 2
     assert "process 1 (host host-1) did not come within 25 s" in (tmp_path / "err0").read_text()
-
-
-TRAIN = {"model.depth": "1", "top_k_layers": "1", "steps": "100000", "mesh.data": "2"}
-
-
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_process_is_named_and_the_other_stops(start, tmp_path, killed):
-    """Well before jax itself would notice."""
-    workdir = tmp_path / "run"
-    arguments = [*runs.arguments(TRAIN), f"--workdir={workdir}"]
-    processes = [start(i, 2, *arguments, program="train") for i in range(2)]
-    end = time.monotonic() + TIMEOUT
-    while not ((workdir / "metrics.jsonl").exists() and len(runs.lines(workdir)) > 1):
-        assert time.monotonic() < end and all(p.poll() is None for p in processes)
-        time.sleep(0.1)
-    processes[killed].send_signal(signal.SIGKILL)
-    processes[1 - killed].wait(60)  # jax's heartbeats take 100
-    assert processes[1 - killed].returncode not in (0, 2, 3, 143)
-    text = (tmp_path / f"err{1 - killed}").read_text()
-    assert f"process {killed} (host host-{killed}) is gone" in text
 
 
 def test_environment_names_processes(monkeypatch):

@@ -80,14 +80,19 @@ def run(main, argv=None) -> None:
         if "--debug" in argv:
             traceback.print_exc()
         line = " ".join(str(error).split()) or "interrupted"
-        distributed.failed(line)
-        _say_last(f"error: {line}" if isinstance(error, UserError) else line)
-        sys.exit(next(code for kind, code in codes.items() if isinstance(error, kind)))
+        line = f"error: {line}" if isinstance(error, UserError) else line
+        code = next(code for kind, code in codes.items() if isinstance(error, kind))
+        _say_last(line)
+        if not isinstance(error, (GuardStop, Terminated)):  # to which all come, late perhaps
+            distributed.failed(line, code)
+        sys.exit(code)
     except Exception as error:
         traceback.print_exc()
         line = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        distributed.failed(line)
+        if not isinstance(error, distributed.Late):  # which says itself who is to blame
+            distributed.failed(line, 1, ask=True)
         _say_last(f"failed: {line}")
+        distributed.failed(line, 1)
         sys.exit(1)
 
 

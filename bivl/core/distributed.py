@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from bivl.core import watch
+from bivl.core import relay, rollcall, watch
 from bivl.core.errors import UserError
 
 log = logging.getLogger("bivl")
@@ -30,8 +30,12 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # jax's own default, 8482, is not among the ports that the firewall of a new TPU slice passes
 # (jax issue 35905); 8476 is.
 TPU_PORT = "8476"
+# Seconds that the last process may compile longer than the first. Where their devices meet for the
+# first time they do not wait for each other so long (gloo, on CPUs: 30 s), so the processes do.
+COMPILING = 3600.0
 
 _watch: watch.Watch | None = None
+_met = False
 
 
 class Late(Exception):
@@ -118,13 +122,16 @@ def start(args, seconds: float | None = None) -> None:
     address, count, process, devices = _given(args) or _found() or (None, 1, 0, None)
     if count > 1:
         if process:
-            hosts, links = watch.answer(address, process, count, seconds)
+            hosts, links = rollcall.answer(address, process, count, seconds)
         else:
             port, names = int(address.rpartition(":")[2]), _expected(count)
-            hosts, links = watch.call(port, count, seconds, names)
-        jax.distributed.initialize(address, count, process, devices)
+            hosts, links = rollcall.call(port, count, seconds, names)
         _watch = watch.Watch(process, hosts, links, (still, apart))
         _watch.start()
+        door = relay.start(address) if process else address
+        # The watch tells who is lost; jax, which names nobody, is to notice later.
+        beats = int(still or 1e6) + 600
+        jax.distributed.initialize(door, count, process, devices, heartbeat_timeout_seconds=beats)
         atexit.register(_watch.leave)  # runs before jax's own, which waits for the others
         _limit_checkpoints()
         log.info("process %d of %d on %s", process, count, hosts[process])
@@ -157,7 +164,7 @@ def host(process: int) -> str:
 
 def name(process: int) -> str:
     """How messages name a process: by number and host."""
-    return watch.label(process, _watch.hosts if _watch else [socket.gethostname()])
+    return rollcall.label(process, _watch.hosts if _watch else [socket.gethostname()])
 
 
 def tick() -> None:
@@ -166,10 +173,14 @@ def tick() -> None:
         _watch.tick()
 
 
-def failed(why: str) -> None:
-    """Tells the other processes why this one ends; they stop with the same words."""
+def failed(why: str, code: int = 2, ask: bool = False) -> None:
+    """Tells the other processes why this one ends; they stop with the same words and exit code.
+
+    Called when it has said so itself. Or before, with `ask`: then it does not return where another
+    process is known to be what this one failed of.
+    """
     if _watch:
-        _watch.leave(why)
+        _watch.leave(why, code, ask)
 
 
 def _client():
@@ -179,10 +190,12 @@ def _client():
 
 
 def barrier(what: str, seconds: float | None = None) -> None:
-    """Waits for all processes; Late, naming the others, after `seconds` (BIVL_WAIT_SECONDS)."""
+    """Waits for all processes; Late, naming the others, after `seconds` (BIVL_WAIT_SECONDS).
+
+    Who waits here has not gone on: the watch lets the others come within this limit, not its own.
+    """
     if jax.process_count() == 1:
         return
-    tick()
     seconds = limit("BIVL_WAIT_SECONDS", 300) if seconds is None else seconds
     try:
         _client().wait_at_barrier(f"bivl: {what}", int(seconds * 1000))
@@ -193,6 +206,7 @@ def barrier(what: str, seconds: float | None = None) -> None:
             raise Late(f"{what}: {' '.join(text.split())[:300]}") from error
         late = ", ".join(name(int(number)) for number in found[1].split()[:8])
         raise Late(f"{what}: {late} did not come within {seconds:.0f} s") from error
+    tick()
 
 
 def exchange(what: str, value, seconds: float | None = None) -> list:
@@ -218,11 +232,20 @@ def preempted(step: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(step)
 
 
+def _gathered(tree):
+    """Global arrays, whole in every process."""
+    global _met
+    if not _met:
+        barrier("gather", COMPILING)
+        _met = True
+    tick()
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
 def to_host(tree):
     """Global arrays in any pytree -> numpy, whole, the same in every process."""
     if jax.process_count() > 1:
-        tick()
-        tree = multihost_utils.process_allgather(tree, tiled=True)
+        tree = _gathered(tree)
     return jax.tree.map(np.asarray, tree)
 
 
@@ -230,5 +253,4 @@ def total(value: int) -> int:
     """Sum of a local number over all processes."""
     if jax.process_count() == 1:
         return value
-    tick()
-    return int(multihost_utils.process_allgather(np.int64(value)).sum())
+    return int(_gathered(np.int64(value)).sum())

@@ -1,96 +1,10 @@
-"""The roll call over real connections of this host, and what the watch judges."""
+"""What the watch judges, at a clock that the test sets."""
 
-import concurrent.futures
 import socket
-import time
 
 import pytest
 
-from bivl.core import watch
-from bivl.core.errors import UserError
-
-
-@pytest.fixture
-def port():
-    """A port that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def meet(port, count, others, seconds=60.0, before=None):
-    """Process 0's result of a roll call, and those of `others`, (number, count) each."""
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        zero = pool.submit(watch.call, port, count, seconds)
-        if before:
-            before()
-        found = [
-            pool.submit(watch.answer, f"127.0.0.1:{port}", number, told, seconds)
-            for number, told in others
-        ]
-        return [task.exception() or task.result() for task in (zero, *found)]
-
-
-def test_all_meet_and_know_each_other(port):
-    here = socket.gethostname()
-    (hosts, links), *others = meet(port, 3, [(1, 3), (2, 3)])
-    assert hosts == [here] * 3 and sorted(links) == [1, 2]
-    for hosts_too, to_zero in others:
-        assert hosts_too == hosts and list(to_zero) == [0]
-    for number, link in links.items():
-        others[number - 1][1][0].send(ticks=number)
-        assert link.receive() == [{"ticks": number}]
-
-
-def test_strangers_are_passed_over(port):
-    """One that says nothing, and some that speak otherwise."""
-    strangers = []
-
-    def knock():
-        for text in (b"", b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"process": "1"}\n', b"\xff\n"):
-            end = time.monotonic() + 60
-            while True:
-                try:
-                    strangers.append(socket.create_connection(("127.0.0.1", port), 5))
-                    break
-                except OSError:
-                    assert time.monotonic() < end
-            strangers[-1].sendall(text)
-
-    (hosts, links), (others, _) = meet(port, 2, [(1, 2)], before=knock)
-    assert len(hosts) == 2 and hosts == others and list(links) == [1]
-    for stranger in strangers:
-        stranger.close()
-
-
-@pytest.mark.parametrize(
-    ("others", "named"),
-    [
-        ([(1, 4)], "process 1 .* was told of 4 processes, process 0 of 3"),
-        ([(1, 3), (1, 3)], "two processes say that they are number 1"),
-        ([(0, 3)], "two processes say that they are number 0"),
-    ],
-)
-def test_a_wrong_start_is_named_in_all(port, others, named):
-    found = meet(port, 3, others, seconds=60)
-    assert all(isinstance(error, UserError) for error in found)
-    for error in found:
-        with pytest.raises(UserError, match=named):
-            raise error
-
-
-def test_the_absent_are_named_with_the_hosts_that_are_known(port):
-    with pytest.raises(UserError, match=r"process 1 \(host b\), process 2 \(host c\) of 3 did not"):
-        watch.call(port, 3, 0.01, ("a", "b", "c"))
-    with pytest.raises(UserError, match=r"process 1 .* cannot reach process 0 at 127.0.0.1"):
-        watch.answer(f"127.0.0.1:{port}", 1, 3, 0.01)
-
-
-def test_a_port_that_is_taken_is_named():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"cannot listen on port {port}"):
-            watch.call(port, 2, 1)
+from bivl.core import rollcall, watch
 
 
 class Stopped(Exception):
@@ -103,15 +17,15 @@ def watched(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
 
-    def stop(self, why):
-        raise Stopped(why)
+    def stop(self, why, code=1, late=()):
+        raise Stopped(f"{why} [{code}]")
 
     monkeypatch.setattr(watch.Watch, "_stop", stop)
     ends = [socket.socketpair() for _ in (1, 2)]
     monkeypatch.setattr(watch, "_keep_alive", lambda link: None)
-    links = {i + 1: watch.Link(pair[0]) for i, pair in enumerate(ends)}
+    links = {i + 1: rollcall.Link(pair[0]) for i, pair in enumerate(ends)}
     found = watch.Watch(0, ["a", "b", "c"], links, (60, 30))
-    yield found, [watch.Link(pair[1]) for pair in ends], now
+    yield found, [rollcall.Link(pair[1]) for pair in ends], now
     for pair in ends:
         for end in pair:
             end.close()
@@ -124,15 +38,53 @@ def test_one_that_stands_still_while_others_go_on_is_named(watched):
     found.tick()
     assert found._read(1) and found._read(2)
     now[0] += 1000
+    for number, link in ((1, one), (2, two)):
+        link.send(ticks=1)
+        found._read(number)
     found._judge()  # all are at the same place, a compilation say
     one.send(ticks=2)
     found._read(1)
     found.tick()
-    with pytest.raises(Stopped, match=r"process 2 \(host c\) stood still for 60 s"):
+    found.tick()
+    with pytest.raises(Stopped, match=r"^process 2 \(host c\) stood still for 60 s"):
         found._judge()
     two.send(ticks=2)
     found._read(2)
     found._judge()
+
+
+def test_one_that_gives_no_sign_of_life_is_named_wherever_it_stands(watched):
+    """The whole process has stopped, in the middle of an update: nobody can be ahead of it."""
+    found, (one, two), now = watched
+    for seconds, link in ((59, one), (2, two)):
+        now[0] += seconds
+        link.send(ticks=0)
+        found._read(1 if link is one else 2)
+        found._judge()
+    now[0] += 57
+    two.send(ticks=0)
+    found._read(2)
+    found._forgive(1.0)  # a moment late oneself: that is no reason
+    found._judge()
+    found._forgive(20.0)  # but what this process itself was stopped for is nobody's delay
+    now[0] += 20
+    two.send(ticks=0)
+    found._read(2)
+    found._judge()
+    now[0] += 3
+    with pytest.raises(Stopped, match=r"^process 1 \(host b\) stood still for 60 s"):
+        found._judge()
+
+
+def test_process_0_is_watched_by_the_others(watched):
+    _, (one, _), now = watched
+    found = watch.Watch(1, ["a", "b", "c"], {0: one}, (60, 30))
+    found.tick()
+    now[0] += 59
+    found._judge()
+    now[0] += 2
+    with pytest.raises(Stopped, match=r"^process 0 \(host a\) stood still for 60 s"):
+        found._judge()
 
 
 def test_one_that_is_gone_is_named_and_one_that_says_goodbye_is_not(watched):
@@ -159,13 +111,33 @@ def test_why_one_has_ended_is_told_to_all(watched):
         found._judge()
 
 
-def test_lines_are_bounded():
-    ours, theirs = socket.socketpair()
-    link = watch.Link(ours)
-    with ours, theirs:
-        ours.settimeout(60)
-        while link.buffer is not None:
-            theirs.sendall(b"x" * (1 << 15))
-            if link.receive() is None:
-                break
-        assert len(link.buffer) <= watch.LONGEST + (1 << 16)
+def test_one_that_fails_asks_whether_another_is_to_blame(watched):
+    """Processes 2 and then 1 fail, 2 of itself; 0 tells each what it is to say."""
+    found, (one, two), _ = watched
+    two.send(ended="OSError: no space left", code=2, ask=True)
+    found._read(2)
+    assert found.asking == {2}
+    found._answer({2})
+    assert two.receive() == [{"heard": True}] and not found.asking
+    found._judge()
+    one.send(ended="RuntimeError: connection closed by peer", code=1, ask=True)
+    found._read(1)
+    with pytest.raises(Stopped, match=r"process 2 \(host c\) has ended: OSError.*\[2\]"):
+        found._answer({1})
+
+
+def test_process_0_asks_itself_and_the_first_word_of_one_stays(watched):
+    found, (one, _), now = watched
+    one.send(ended="OSError: no space left", ask=True)
+    one.send(ended="")
+    found._read(1)
+    found.answered.set()
+    found.leave("RuntimeError: connection closed by peer", ask=True)
+    found.leave()
+    assert found.code is None  # it has not spoken yet
+    assert found.asking == {0, 1} and one.receive()[0]["ended"].startswith("RuntimeError")
+    with pytest.raises(Stopped, match=r"process 1 \(host b\) has ended: OSError"):
+        found._answer({0})
+    now[0] += watch.GRACE + 1
+    with pytest.raises(Stopped, match=r"process 1 \(host b\) has ended: OSError"):
+        found._judge()
