@@ -19,7 +19,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from bivl import evaluate, model
-from bivl.core import checkpoint, cli, distributed, flops, metrics, optimizer, sharding
+from bivl.core import checkpoint, cli, distributed, flops, memory, metrics, optimizer, sharding
 from bivl.core import config as configs
 from bivl.core import state as states
 from bivl.core import step as steps
@@ -213,6 +213,7 @@ def main(argv) -> None:
     """The command line."""
     args, config = cli.parse(argv, __doc__, FLAGS | distributed.FLAGS)
     distributed.start(args)
+    memory.keep()
     train(config, args.workdir)
 
 

@@ -219,6 +219,20 @@ def test_benchmark_reports_in_text_and_json(capsys):
     assert report["flops_per_step"] == program.flops()
 
 
+def test_benchmark_of_the_input_alone_and_a_profile(capsys, tmp_path):
+    config = "--config=configs/pretrain/data2vec_image.py:smoke"
+    flags = [config, "--steps=2", *(f"--config.{k}={v}" for k, v in runs.SMALL.items()), "--json"]
+    benchmark.main([*flags, "--input"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["batches"] == 2 and "step_seconds" not in report
+    rate = report["batch_size"] / report["batch_seconds"]
+    assert report["examples_per_second"] == pytest.approx(rate) and rate > 0
+    assert report["examples_per_core_second"] > 0
+    benchmark.main([*flags, f"--trace={tmp_path}"])
+    assert json.loads(capsys.readouterr().out)["steps"] == 2
+    assert list(tmp_path.rglob("*.xplane.pb"))
+
+
 def test_numbered_folders_are_found_newest_first(trained):
     assert checkpoint.numbered(trained[0] / "checkpoints") == [2, 1]
 

@@ -25,19 +25,30 @@ def _by_xla(x, kernel, groups: int, stride: int, padding):
 
 
 def _by_matmul(x, kernel, groups: int, stride: int, padding):
-    """The same, one matmul a group over shifted copies: XLA's grouped ones are slow on the CPU."""
-    n, k = x.ndim - 2, kernel.shape[0]
+    """The same, one matmul a group over shifted copies: XLA's grouped ones are slow on the CPU.
+
+    Groups come first before anything is copied: what a matmul takes is then written but once.
+    """
+    n, k, width = x.ndim - 2, kernel.shape[0], kernel.shape[-1]
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     B, *lengths, C = x.shape
     sizes = [(length - k) // stride + 1 for length in lengths]
+    x = jnp.moveaxis(x.reshape(B, *lengths, groups, C // groups), -2, 0)
     windows = [
-        x[(slice(None), *(slice(o, o + (size - 1) * stride + 1, stride) for o, size in starts))]
+        x[
+            (
+                ...,
+                *(slice(o, o + (size - 1) * stride + 1, stride) for o, size in starts),
+                slice(None),
+            )
+        ]
         for starts in (zip(offset, sizes, strict=True) for offset in np.ndindex(*[k] * n))
     ]
-    columns = jnp.stack(windows).reshape(k**n, -1, groups, C // groups)
-    kernel = kernel.reshape(k**n, C // groups, groups, -1)
-    y = jnp.einsum("tngc,tcgd->ngd", columns, kernel)
-    return y.reshape(B, *sizes, -1)
+    columns = jnp.concatenate(windows, axis=-1).reshape(groups, -1, k**n * C // groups)
+    kernel = kernel.reshape(-1, C // groups, groups, width // groups)
+    kernel = jnp.moveaxis(kernel, 2, 0).reshape(groups, columns.shape[-1], -1)
+    y = jnp.matmul(columns, kernel)
+    return jnp.moveaxis(y, 0, 1).reshape(B, *sizes, width)
 
 
 class Convolution(nn.Module):
