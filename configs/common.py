@@ -55,7 +55,7 @@ def base() -> ConfigDict:
                 "glue": {"task": ""},
                 "cloze": {"positions": 20_000, "max_iterations": 50},
                 "wer": {"decoder": "greedy", "width": 32, "lm": "", "alpha": 0.5, "beta": 1.0},
-                "retrieval": {"recall_at": (1, 5, 10), "floor": False},
+                "retrieval": {"recall_at": (1, 5, 10), "floor": False, "probe": False},
                 "zeroshot": {"templates": ("a photo of a {}.",)},
             },
             "optimizer": {

@@ -1,4 +1,4 @@
-"""What pixels alone know of the words: ridge regression, the floor of retrieval.
+"""What pixels alone know of the words: ridge regression, the floor of retrieval; and features.
 
 Images are 24x24 RGB values in 0..1 less their mean. Texts are bags of words (`\\w+` in lower case),
 each word weighted by ln(N / df), of N training images those df whose texts have the word; bags have
@@ -31,18 +31,40 @@ def embed(record, image_rows, text_rows):
     record: as in `features.Splits`, of splits with `image` and `text`. Raises UserError where the
     training split has none that can be decoded.
     """
-    pixels, texts = examples(record)
-    mean = pixels.mean(axis=0)
-    weights = word_weights(texts)
-    known, (basis, power) = bags(texts, weights), principal(pixels - mean)
-    scores = (pixels - mean) @ basis
+    known = examples(record)
+    images = np.stack([shrink(record("test", int(row))["image"]) for row in image_rows])
+    texts = [record("test", int(row))["text"] for row in text_rows]
+    return regress(*known, images, texts)
+
+
+def probe(record, known, images, text_rows):
+    """As `embed`, from features in the place of pixels: a linear probe.
+
+    known: `features.Features` of the training split; images [M, E], features of the test split.
+    Features are scaled so that the mean square of a row less the mean is 100, about that of pixels.
+    """
+    _, first, owner = np.unique(known.ids, return_index=True, return_inverse=True)
+    texts: list[list[str]] = [[] for _ in first]
+    for place, row in zip(owner, known.rows, strict=True):
+        texts[place].append(record("train", int(row))["text"])
+    x = known.features[first]
+    scale = 10 / np.sqrt(np.mean(np.sum((x - x.mean(axis=0)) ** 2, axis=1)))
+    asked = [record("test", int(row))["text"] for row in text_rows]
+    return regress(scale * x, [" ".join(found) for found in texts], scale * images, asked)
+
+
+def regress(x, texts, images, asked):
+    """Ridge regression from x [N, P] to the words of N texts; -> vectors of images [M, P] and of
+    texts `asked`, as `embed` gives them."""
+    mean, weights = x.mean(axis=0), word_weights(texts)
+    known, (basis, power) = bags(texts, weights), principal(x - mean)
+    scores = (x - mean) @ basis
     penalty = PENALTIES[int(np.argmin(leave_one_out(scores, power, known)))]
     table = known.T @ scores  # [V, R]: a text is the sum of its words' rows, weighted
-    images = np.stack([shrink(record("test", int(row))["image"]) for row in image_rows])
     images = (images - mean) @ basis / (power + penalty)
     length = np.sqrt(np.maximum(np.sum(images @ (table.T @ table) * images, axis=1), 0))
     images = images / np.maximum(length, 1e-12)[:, None]
-    texts = bags([record("test", int(row))["text"] for row in text_rows], weights) @ table
+    texts = bags(asked, weights) @ table
     # Products of equal rows may differ in their last bits: rounding makes them ties again.
     return images.astype(np.float32), texts.astype(np.float32)
 

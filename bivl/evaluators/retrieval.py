@@ -5,6 +5,8 @@ captions are five rows), of which the first row's counts. An image finds if any 
 among its K nearest, a text if its image is; nearness is the inner product of unit vectors.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,21 +28,29 @@ def make(predict, splits, config=None):
     """Recall of predict["image_embeddings"] and predict["text_embeddings"], both [B, E] of unit
     length, as `run(params, extras) -> dict`.
 
-    Settings: `recall_at` (1, 5, 10), `floor` False. Results, over the images and texts of the test
-    split: `retrieval/image_to_text_recall_at_K`, `retrieval/text_to_image_recall_at_K`, the mean of
-    all these `retrieval/mean_recall`, `retrieval/chance_at_K`, what the mean of both directions is
-    in random order, `retrieval/image_to_text_median_rank` and `retrieval/text_to_image_median_rank`
-    (1 is best), and `pictures/retrieval`, a few answers of each direction (process 0 alone).
-    With `floor`, process 0 alone gives all but chance again as `retrieval/floor_...`: what ridge
-    regression from the pixels to the words of eval_data.train finds (evaluators/floors.py).
+    Settings: `recall_at` (1, 5, 10), `floor` False, `probe` False. Results, over the images and
+    texts of the test split: `retrieval/image_to_text_recall_at_K`,
+    `retrieval/text_to_image_recall_at_K`, the mean of all these `retrieval/mean_recall`,
+    `retrieval/chance_at_K`, what the mean of both directions is in random order,
+    `retrieval/image_to_text_median_rank` and `retrieval/text_to_image_median_rank` (1 is best), and
+    `pictures/retrieval`, a few answers of each direction (process 0 alone). With `floor`, process 0
+    alone gives all but chance again as `retrieval/floor_...`: what ridge
+    regression from the pixels to the words of eval_data.train finds (evaluators/floors.py). With
+    `probe` again as `retrieval/probe_...`: the same from predict["patches"], [B, N D], the frozen
+    patches side by side, of the first floors.RECORDS images.
     Equal similarities count against the model. Raises UserError for an objective without these
     predictions, an empty split and settings that are no positive numbers.
     """
-    options = features.settings(config, "retrieval", recall_at=(1, 5, 10), floor=False)
+    options = features.settings(config, "retrieval", recall_at=(1, 5, 10), floor=False, probe=False)
     recall_at = features.numbers(options["recall_at"], "config.eval.retrieval.recall_at")
     features.require(predict, "retrieval", "image_embeddings", "text_embeddings")
-    if options["floor"] and not splits.record:
-        raise UserError("config.eval.retrieval.floor needs records, here are none; set it to False")
+    for name in ("floor", "probe"):
+        if options[name] and not splits.record:
+            cure = "needs records, here are none; set it to False"
+            raise UserError(f"config.eval.retrieval.{name} {cure}")
+    if options["probe"]:
+        features.require(predict, "retrieval", "patches")
+    few = _first(splits, floors.RECORDS)
     floor = {}  # the data do not change between calls: measured once
 
     def run(params, extras):
@@ -51,6 +61,13 @@ def make(predict, splits, config=None):
         first, owner = distinct(images.ids)
         ours, captions = images.features[first], np.bincount(owner)
         result = summary(both_ways(ours, texts.features, owner), captions, recall_at)
+        if options["probe"]:
+            known, asked = (
+                features.extract(predict, few, split, params, extras, "patches")
+                for split in ("train", "test")
+            )
+            found = floors.probe(splits.record, known, asked.features[first], texts.rows)
+            result |= summary(both_ways(*found, owner), captions, recall_at, "probe_")
         if splits.record and jax.process_index() == 0:
             rows = images.rows[first], texts.rows
             if options["floor"] and not floor:
@@ -61,6 +78,20 @@ def make(predict, splits, config=None):
         return result
 
     return run
+
+
+def _first(splits, count: int):
+    """Splits of which the training split ends after `count` examples or a few more."""
+
+    def batches(split):
+        left = count
+        for batch in splits.batches(split):
+            yield batch
+            left -= int(np.sum(batch["mask"]))
+            if split == "train" and left <= 0:
+                return
+
+    return dataclasses.replace(splits, batches=batches, memory={})
 
 
 def distinct(ids):

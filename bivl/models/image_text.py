@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from bivl.models.decoders import Decoder, DecoderConfig
 from bivl.models.heads import RegressionHead
-from bivl.models.layers import Projection, Vector, truncated_normal
+from bivl.models.layers import Embedding, Projection, Vector, truncated_normal
 
 INITIAL_TEMPERATURE = 0.07  # of contrast: BEiT-3's and CLIP's
 
@@ -20,6 +20,8 @@ class HeadsConfig:
     codes: classes of an image's masked patches (visual tokens), 0 for none; words: those of masked
     text. regression: teacher's targets in the images or texts named. decoder: fills in patches that
     the student does not see, else masked patches have tokens. contrast: width of the projections.
+    patches: the image's projection reads its patches side by side, [B, N D]. bag: words that have
+    vectors of that width, of which a text's is the sum; 0: a text is projected like an image.
     """
 
     codes: int = 0
@@ -27,6 +29,8 @@ class HeadsConfig:
     regression: tuple[str, ...] = ()
     decoder: DecoderConfig | None = None
     contrast: int = 0
+    patches: bool = False
+    bag: int = 0
 
 
 class Heads(nn.Module):
@@ -56,7 +60,10 @@ class Heads(nn.Module):
             self.text_regression = RegressionHead(2, dtype=self.dtype)
         if c.contrast:
             self.vision_head = linear(c.contrast, use_bias=False)
-            self.language_head = linear(c.contrast, use_bias=False)
+            if c.bag:
+                self.word_vectors = Embedding(c.bag, c.contrast)
+            else:
+                self.language_head = linear(c.contrast, use_bias=False)
             init = nn.initializers.constant(math.log(1 / INITIAL_TEMPERATURE))
             self.logit_scale = Vector((), (), init)
 
@@ -81,8 +88,11 @@ class Heads(nn.Module):
     def project(self, x, modality: str):
         """Pooled [B, D] -> unit vectors [B, E], float32."""
         head = self.vision_head if modality == "image" else self.language_head
-        x = head(x).astype(jnp.float32)
-        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+        return _unit(head(x).astype(jnp.float32))
+
+    def add_words(self, ids, seen):
+        """ids int [B, L], seen bool [B, L], those that count -> unit vectors [B, E], float32."""
+        return _unit(jnp.sum(self.word_vectors(ids) * seen[..., None], axis=1))
 
     def __call__(self, x, keep):
         """Reads every parameter: [B, N, D] -> a list of outputs, for initialisation alone."""
@@ -92,6 +102,11 @@ class Heads(nn.Module):
         outputs += [self.classify(x, "image")] if c.codes else []
         outputs += [self.classify(x, "text")] if c.words else []
         if c.contrast:
-            outputs += [self.project(x[:, 0], name) for name in ("image", "text")]
-            outputs.append(self.logit_scale())
+            pooled = x.reshape(len(x), -1) if c.patches else x[:, 0]
+            text = self.word_vectors(jnp.int32(0)) if c.bag else self.project(x[:, 0], "text")
+            outputs += [self.project(pooled, "image"), text, self.logit_scale()]
         return outputs
+
+
+def _unit(x):
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -48,7 +48,7 @@ def make(config) -> Objective:
         **streams.heads_sizes(config, tokenizer, tokens),
         regression=tuple({streams.LOSSES[name][1]: 0 for name in setup.losses}),
         decoder=streams.decoding(config),
-        contrast=config.contrast.width if contrast else 0,
+        **(contrastive.heading(config) if contrast else {}),
     )
     student = setup.model(heading, config.dtype)
     teacher_model = setup.model(heading, config.teacher_dtype)
@@ -126,7 +126,7 @@ def _check(config, setup) -> None:
     choice("target.pairs", config.target.pairs, ("joint", "apart"))
     choice("loss.reduction", config.loss.reduction, ("mean", "sum"))
     if not config.contrast.weight:
-        choice("contrast.pool", config.contrast.pool, contrastive.POOLS)
+        choice("contrast.pool", config.contrast.pool, ("first", "mean"))
         return
     contrastive.check(config)
     if "pairs" not in setup.sizes:

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from bivl.core.config import choice
 from bivl.core.errors import UserError
 from bivl.core.objective import Objective
-from bivl.modalities import image_text, towers
+from bivl.modalities import image, image_text, towers
 from bivl.models.image_text import HeadsConfig
 from bivl.models.multiway import MODALITIES, MultiwayConfig
 from bivl.objectives import streams
 from bivl.objectives import towers as two_towers
 
-POOLS = ("first", "mean")
-FIELDS = {"image": ("image", "mask", "keep"), "text": ("tokens", "inputs")}
+POOLS = ("first", "mean", "patches")
+FIELDS = {"image": ("image", "mask", "keep"), "text": ("tokens", "inputs", "text_mask")}
 
 
 def info_nce(images, texts, log_scale, smoothing: float = 0.0):
@@ -61,7 +61,26 @@ def check(config) -> None:
         choice("contrast.masked", modality, tuple(FIELDS))
     if config.contrast.width < 1:
         raise UserError(f"config.contrast.width={config.contrast.width} must be at least 1")
+    left_out = "image" in config.contrast.masked and not image.keeps_all(config)
+    if config.contrast.pool == "patches" and left_out:
+        raise UserError(
+            "config.contrast.pool='patches' reads all patches; take image out of contrast.masked "
+            "or set masking.kind to 'block'"
+        )
     _whole(config)
+
+
+def heading(config) -> dict:
+    """The sizes of the heads of contrast, as HeadsConfig takes them.
+
+    contrast.text, `encoder` where a config lacks it: a text's vector is what the encoder makes of
+    it, projected; or of `words`, the sum of vectors that they have in the common space, in any
+    order. With few pairs the sum generalises where the encoder learns by heart (docs/bivl.md).
+    """
+    c, bag = config.contrast, 0
+    if choice("contrast.text", c.get("text", "encoder"), ("encoder", "words")) == "words":
+        bag = image_text.make_embed(config, config.dtype).vocabulary
+    return {"contrast": c.width, "patches": c.pool == "patches", "bag": bag}
 
 
 def _whole(config) -> None:
@@ -75,8 +94,11 @@ def _whole(config) -> None:
 def make(config) -> Objective:
     """Contrast of a multiway encoder, or of two towers where modality is `towers` (see `_towers`).
 
-    Reads `data` (pairs), `image_size model pair augment contrast.{width, pool, masked} dtype`.
+    Reads `data` (pairs), `image_size model pair augment contrast.{width, pool, masked, text}
+    dtype`.
 
+    contrast.pool: what is projected, the first token, the mean of the others, or an image's
+    `patches` side by side, each place with weights of its own, and the mean of a text.
     contrast.masked: the modalities that are contrasted masked as in pre-training (pair.mask_ratio,
     mask_ratio), so that few pairs are not learnt by heart (FLIP masks images to go faster, arXiv
     2212.00794).
@@ -86,8 +108,7 @@ def make(config) -> Objective:
     check(config)
     grid, encoder = image_text.grid(config), MultiwayConfig.of(config.model, config.dtype)
     embed = image_text.make_embed(config, config.dtype)
-    heading = HeadsConfig(contrast=config.contrast.width)
-    model = streams.ImageText(embed, encoder, heading, grid)
+    model = streams.ImageText(embed, encoder, HeadsConfig(**heading(config)), grid)
     B, masked = config.batch_size, config.contrast.masked
     spec = image_text.spec(config, {"pairs": B})["pairs"]
     if not masked:

@@ -74,6 +74,12 @@ class ImageText(nn.Module):
 
     def embeddings(self, batch, pool: str, masked=False, deterministic=True):
         """Unit vectors [B, E] of images alone or texts alone."""
+        if self.heading.bag and "image" not in batch:
+            ids = batch["tokens"]
+            seen = ids != self.embed.pad
+            if masked:
+                seen &= ~batch["text_mask"]  # hidden words are in no bag
+            return self.heads.add_words(ids, seen)
         tokens, encoded = self.encode(batch, masked, deterministic)
         modality = "image" if tokens.images else "text"
         return self.heads.project(pooled(encoded.tokens, tokens, pool), modality)
@@ -86,9 +92,12 @@ class ImageText(nn.Module):
 
 
 def pooled(x, layout, pool: str):
-    """[B, L, D] -> [B, D] float32: the `first` token (CLS, <s>) or the `mean` of the content."""
+    """[B, L, D] -> float32 [B, D]: the `first` token (CLS, <s>) or the `mean` of the content; or
+    `patches`, those of an image side by side, [B, N D], and the mean of a text."""
     if pool == "first":
         return x[:, 0].astype(jnp.float32)
+    if pool == "patches" and layout.images:
+        return x[:, layout.special :].reshape(len(x), -1).astype(jnp.float32)
     return heads.mean_content(x, layout)
 
 
@@ -250,8 +259,8 @@ def token_losses(model, params, places: dict, wanted: dict, totals: dict):
 
 
 def predictions(model: ImageText, config, pool: str) -> dict:
-    """`features`, `encode`, `attention`, `image_embeddings`, `text_embeddings` and, of pairs,
-    `cross_attention` [B, H, T, h, w], from words to patches in the last layer.
+    """`features`, `patches` [B, N D], `encode`, `attention`, `image_embeddings`, `text_embeddings`
+    and, of pairs, `cross_attention` [B, H, T, h, w], from words to patches in the last layer.
 
     Of a batch with both, `features` and `image_embeddings` are the image's. Without projections,
     embeddings are the pooled features.
@@ -274,6 +283,10 @@ def predictions(model: ImageText, config, pool: str) -> dict:
         tokens, out = encode(params, first(batch))
         return heads.mean_content(out.tokens, tokens)
 
+    def patches(params, extras, batch):
+        tokens, out = encode(params, only(batch, "image"))
+        return pooled(out.tokens, tokens, "patches")
+
     def embeddings(modality):
         def embed(params, extras, batch):
             batch = only(batch, modality)
@@ -295,7 +308,8 @@ def predictions(model: ImageText, config, pool: str) -> dict:
         return weights.reshape(*weights.shape[:3], *grid)
 
     named = encoding.predictions(encode, image_text, config)
-    named |= {"features": features, "attention": attention, "cross_attention": cross_attention}
+    named |= {"features": features, "patches": patches}
+    named |= {"attention": attention, "cross_attention": cross_attention}
     named |= {f"{name}_embeddings": embeddings(name) for name in ("image", "text")}
     named["embeddings"] = lambda params, extras, batch: named[
         "image_embeddings" if "image" in batch else "text_embeddings"

@@ -31,7 +31,8 @@ def get_config(text=None):
     c.objective, pairs = "contrastive", c.data.pairs.to_dict()
     del pairs["weight"], c.teacher, c.loss_weights, c["text"], c.teacher_dtype
     c.data = common.data(**pairs)
-    c.contrast = {"width": c.model.width, "pool": "first"}
+    c.contrast = {"width": c.model.width, "pool": "first"}  # or mean, patches
+    c.contrast.text = "encoder"  # or words: the sum of their own vectors
     c.contrast.masked = ()
     c.evaluators = ("retrieval",)
     c.augment.scale = c.pair.scale

@@ -40,7 +40,7 @@ def get_config(text=None):
     c.loss = {"beta": 0.0, "reduction": "mean", "scale": None}
     c.token_weights = dict.fromkeys(LOSSES, 0.0)
     c.token_weights.update({"texts": 1.0, "pairs_text": 1.0})
-    c.contrast = {"weight": 1.0, "width": c.model.width, "pool": "mean"}
+    c.contrast = {"weight": 1.0, "width": c.model.width, "pool": "mean", "text": "encoder"}
     c.contrast.masked = ("text",)  # images whole, as they will be looked for
     c.decoder = DECODER | {"residual": True, "projection_layers": 1, "dropout": 0.0, "noise": 0.01}
     c.ema_decay_start, c.ema_decay_end, c.ema_anneal_steps = 0.999, 0.9999, 30_000

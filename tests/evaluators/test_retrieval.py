@@ -244,6 +244,28 @@ def test_the_floor_knows_what_pixels_say(towers):
     assert plain.keys() | floor.keys() == found.keys() and not floor_of(plain)
 
 
+def test_the_probe_reads_words_off_patches(towers, monkeypatch):
+    """Of images whose embeddings know nothing; and no more of the training split than it may."""
+    places, read = np.arange(8), []
+    bits = np.float32([[n >> 2 & 1, n >> 1 & 1, n & 1] for n in places])
+    data = draw([1] * 8, signal=0.0) | {"id": places, "bits": bits}
+
+    def patches(params, extras, batch):
+        read.append(len(batch["bits"]))
+        return batch["bits"] * params
+
+    predict, settings = towers | {"patches": patches}, {"recall_at": (1,), "probe": True}
+    splits = splits_of(data, batch_size=4, record=coloured(places))
+    found = retrieval.make(predict, splits, settings)(jnp.float32(1), None)
+    assert found["retrieval/probe_mean_recall"] == 1 > found["retrieval/mean_recall"]
+    assert len(read) == 4
+    monkeypatch.setattr(floors, "RECORDS", 4)
+    found = retrieval.make(predict, splits, settings)(jnp.float32(2), None)
+    assert found["retrieval/probe_mean_recall"] < 1 and len(read) == 7
+    with pytest.raises(UserError, match="no 'patches'; take retrieval out"):
+        retrieval.make(towers, splits, settings)
+
+
 def test_the_floor_of_unrelated_words_is_chance():
     rng, rows, recalls = np.random.default_rng(0), np.arange(8), []
     for _ in range(40):

@@ -25,13 +25,13 @@ def config(**changes):
 
 
 @functools.cache
-def objective(pool="first"):
-    return contrastive.make(config(contrast__pool=pool))
+def objective(pool="first", text="encoder"):
+    return contrastive.make(config(contrast__pool=pool, contrast__text=text))
 
 
 @functools.cache
-def trees():
-    return image_texts.created(objective())
+def trees(*heads):
+    return image_texts.created(objective(*heads))
 
 
 def batch():
@@ -40,14 +40,14 @@ def batch():
 
 
 @functools.cache
-def step(pool):
-    return image_texts.accumulated(objective(pool), trees(), batch(), 1)
+def step(*heads):
+    return image_texts.accumulated(objective(*heads), trees(*heads), batch(), 1)
 
 
 @functools.cache
-def predicted(pool):
+def predicted(*heads):
     """All that can be predicted of the batch."""
-    made = objective(pool)
+    made = objective(*heads)
     names = ("image_embeddings", "text_embeddings", "logits", "encode", "features")
 
     def run(trees, batch):
@@ -59,7 +59,7 @@ def predicted(pool):
             found[f"{name}_alone"] = made.predict["embeddings"](params, extras, {name: batch[name]})
         return found
 
-    return jax.tree.map(np.asarray, jax.jit(run)(trees(), batch()))
+    return jax.tree.map(np.asarray, jax.jit(run)(trees(*heads), batch()))
 
 
 def test_info_nce_by_hand():
@@ -87,14 +87,14 @@ def test_the_loss_is_the_plain_one():
 
 @pytest.mark.parametrize("pool", contrastive.POOLS)
 def test_embeddings_are_projections_of_each_alone(pool):
-    found, heads = predicted(pool), trees()[0]["heads"]
+    found, heads = predicted(pool), trees(pool)[0]["heads"]
     real = np.asarray(batch()["tokens"]) != 1
     for name, head in (("image", "vision_head"), ("tokens", "language_head")):
         x = found[name].astype(np.float64)
         if pool == "first":
             pooled = x[:, 0]
-        elif name == "image":
-            pooled = x[:, 1:].mean(1)  # CLS left out
+        elif name == "image":  # CLS left out
+            pooled = x[:, 1:].reshape(4, 16 * 16) if pool == "patches" else x[:, 1:].mean(1)
         else:
             pooled = np.stack([row[keep].mean(0) for row, keep in zip(x, real, strict=True)])
         vectors = pooled @ heads[head]["kernel"]
@@ -103,6 +103,18 @@ def test_embeddings_are_projections_of_each_alone(pool):
         assert got.shape == (4, 8) and got.dtype == np.float32
         np.testing.assert_allclose(got, vectors, atol=1e-5, err_msg=name)
         np.testing.assert_allclose(found[f"{name}_alone"], got, atol=1e-6)
+
+
+def test_a_text_is_the_sum_of_its_words_vectors():
+    found, table = predicted("mean", "words"), trees("mean", "words")[0]["heads"]["word_vectors"]
+    tokens = np.asarray(batch()["tokens"])
+    rows = np.asarray(table["table"], np.float64)
+    vectors = np.stack([rows[row[row != 1]].sum(0) for row in tokens])
+    vectors = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+    assert found["text_embeddings"].dtype == np.float32
+    np.testing.assert_allclose(found["text_embeddings"], vectors, atol=1e-5)
+    np.testing.assert_allclose(found["tokens_alone"], vectors, atol=1e-5)
+    assert "language_head" not in trees("mean", "words")[0]["heads"]
 
 
 def test_features_are_the_images():
@@ -125,6 +137,13 @@ def test_what_gets_gradients(pool):
     embed = {"patch", "words", "cls_token", "image_positions", "text_positions"}
     heads = {"heads/vision_head", "heads/language_head", "heads/logit_scale"}
     assert image_texts.moved(step(pool)[1]) == trunk | {f"embed/{x}" for x in embed} | heads
+
+
+def test_the_encoder_learns_nothing_of_texts_that_are_sums_of_words():
+    trunk = {"trunk/image_blocks", "trunk/image_norm"}
+    embed = {f"embed/{name}" for name in ("patch", "cls_token", "image_positions")}
+    heads = {"heads/vision_head", "heads/word_vectors", "heads/logit_scale"}
+    assert image_texts.moved(step("patches", "words")[1]) == trunk | embed | heads
 
 
 def test_the_temperature_starts_at_7_percent_and_projections_have_no_bias():
@@ -157,6 +176,15 @@ def test_the_shipped_config_tunes_every_size():
         ({"contrast__pool": "last"}, "config.contrast.pool='last' is unknown; use one of"),
         ({"contrast__masked": ("words",)}, "config.contrast.masked='words' is unknown; use one of"),
         ({"contrast__width": 0}, "config.contrast.width=0 must be at least 1"),
+        ({"contrast__text": "bag"}, "config.contrast.text='bag' is unknown; use one of"),
+        (
+            {
+                "contrast__pool": "patches",
+                "contrast__masked": ("image",),
+                "masking": image_texts.CLONES,
+            },
+            "config.contrast.pool='patches' reads all patches; take image out of contrast.masked",
+        ),
         (
             {"optimizer__accumulate": 2},
             "config.optimizer.accumulate=2: contrast compares the whole",
@@ -179,17 +207,19 @@ def test_a_batch_without_the_modality_is_refused(name, given, field):
         objective().predict[name](trees()[0], {}, {given: batch()[given]})
 
 
+@pytest.mark.parametrize("text", ["encoder", "words"])
 @pytest.mark.parametrize("masked", [("text",), ("image", "text")])
-def test_masked_contrast_reads_only_what_is_not_masked(masked):
-    made = contrastive.make(config(contrast__masked=masked, contrast__pool="first"))
+def test_masked_contrast_reads_only_what_is_not_masked(masked, text):
+    changes = {"contrast__masked": masked, "contrast__pool": "first", "contrast__text": text}
+    made = contrastive.make(config(**changes))
     pairs = image_texts.batch()["pairs"]
     assert set(made.spec) == {"image", "mask", "tokens", "inputs", "text_mask"} <= set(pairs)
-    params, _, extras = trees()
+    params, _, extras = trees("first", text)
     loss = jax.jit(lambda pairs: made.loss(params, extras, pairs, {}, jax.random.key(0))[0])
     told = pairs | {"tokens": jnp.where(pairs["text_mask"], 5, pairs["tokens"])}
     whole = pairs | {"mask": jnp.zeros_like(pairs["mask"])}
-    unmasked = whole | {"inputs": pairs["tokens"]}
+    nowhere = jnp.zeros_like(pairs["text_mask"])
+    unmasked = whole | {"inputs": pairs["tokens"], "text_mask": nowhere}
     assert loss(told) == loss(pairs) != loss(unmasked)
     assert (loss(whole) == loss(pairs)) == ("image" not in masked)
-    both = image_texts.accumulated(objective(), trees(), batch(), 1)[0]["loss"]
-    np.testing.assert_allclose(loss(unmasked), both, rtol=1e-5)
+    np.testing.assert_allclose(loss(unmasked), step("first", text)[0]["loss"], rtol=1e-5)
