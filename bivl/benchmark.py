@@ -36,7 +36,8 @@ def measure_input(config, num_steps: int) -> dict:
     """
     program = train.build(config)
     with contextlib.closing(train.open_batches(config, program, 0)) as batches:
-        next(batches), next(batches)
+        for _ in range(2):
+            next(batches)
         start, cpu_start = time.perf_counter(), time.process_time()
         for _ in range(num_steps):
             next(batches)
