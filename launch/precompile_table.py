@@ -1,11 +1,12 @@
 """The table of launch/README.md: every shipped pre-training recipe on the slice it names.
 
-    python launch/precompile_table.py [--only=TEXT] [--keep=DIR] [--write]
+    python launch/precompile_table.py [--only=TEXT] [--keep=DIR] [--made] [--write]
 
 A recipe names its slices in its docstring, a line each: an option of the config, the slice and
 what else is set, as in `size=large   2 x v5p:4x4x8  --config.optimizer.accumulate=2`. Each is
 compiled by `python -m bivl.precompile`, one after the other, minutes each; reports are kept in
-DIR/NAME.json, and one that is there is not made again. `--write` puts the table into the README.
+DIR/NAME.json, and one that is there is not made again; with `--made` nothing is compiled and only
+what is there has a row. `--write` puts the table into the README.
 Tokenizers and teachers stand in by kind: their files are not ours to ship and change no shape.
 """
 
@@ -74,12 +75,16 @@ def recipes() -> list[tuple[str, str, int, str, list[str]]]:
     return found
 
 
+def kept(recipe, keep: Path) -> Path:
+    """The file of a recipe's report."""
+    name, option, slices, topology, _ = recipe
+    size = option.removeprefix("size=")
+    return keep / f"{name}_{size}_{slices}_{topology.replace(':', '_')}.json"
+
+
 def report(recipe, keep: Path) -> dict | None:
     """What precompile says of a recipe; None when it failed for another reason than memory."""
-    name, option, slices, topology, overrides = recipe
-    file = (
-        keep / f"{name}_{option.removeprefix('size=')}_{slices}_{topology.replace(':', '_')}.json"
-    )
+    (name, option, slices, topology, overrides), file = recipe, kept(recipe, keep)
     if file.exists():
         return json.loads(file.read_text())
     with tempfile.TemporaryDirectory() as folder:
@@ -137,13 +142,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="recipes whose name and option hold this")
     parser.add_argument("--keep", default="precompiled", help="folder of reports")
+    parser.add_argument("--made", action="store_true", help="only reports that are there")
     parser.add_argument("--write", action="store_true", help="put the table into launch/README.md")
     args = parser.parse_args()
     keep = Path(args.keep)
     keep.mkdir(parents=True, exist_ok=True)
     lines = [HEAD, "|" + "---|" * HEAD.count(" |")]
     for recipe in recipes():
-        if args.only in f"{recipe[0]}:{recipe[1]}":
+        absent = args.made and not kept(recipe, keep).exists()
+        if args.only in f"{recipe[0]}:{recipe[1]}" and not absent:
             lines.append(row(recipe, report(recipe, keep)))
             print(lines[-1], flush=True)
     if args.write:

@@ -168,8 +168,8 @@ def random_resized_crop(
 def horizontal_flip(
     image: np.ndarray, rng: np.random.Generator, probability: float = 0.5
 ) -> np.ndarray:
-    """Mirrors left and right with this probability."""
-    return np.ascontiguousarray(image[:, ::-1]) if rng.random() < probability else image
+    """Mirrors left and right with this probability; the mirror image is a view, to be cropped."""
+    return image[:, ::-1] if rng.random() < probability else image
 
 
 def color_jitter(
