@@ -74,8 +74,8 @@ KINDS: Mapping[str, np.dtype] = {
 BYTES = "torch.storage.UntypedStorage"
 
 # Objects of these become a `Record`: neither class is looked up, called or needed.
-# Dictionary: the letters of a fine-tuned speech model, in the task_state of fairseq's files,
-# strings and their numbers; without it no such file could be read.
+# Dictionary: the letters of a fine-tuned speech model, strings and their numbers, in the task_state
+# of fairseq's files; without it no such file could be read.
 CLASSES = frozenset({"argparse.Namespace", "fairseq.data.dictionary.Dictionary"})
 
 
