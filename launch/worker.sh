@@ -55,21 +55,24 @@ run() {
   [[ ${1:-} != -- ]] || shift
   mkdir -p run
   if ! running; then
-    rm -f run/code run/stopped
+    rm -f run/code run/stopped run/guarded
     nohup setsid bash launch/worker.sh guard "$@" > run/log 2>&1 < /dev/null &
     echo $! > run/pid
+    until [[ -f run/guarded ]] || ! running; do sleep 0.1; done # from then on `stop` may come
   fi
 }
 
 guard() { # runs the program and hands it the notices of this host as SIGTERM, so that it saves
-  local child code=0
+  local child="" asked="" code=0
+  trap 'asked=1; [[ -z $child ]] || kill -TERM $child' TERM
+  touch run/guarded
   # shellcheck disable=SC1091 # setup has made it
   if [[ -f .venv/bin/activate ]]; then source .venv/bin/activate; fi
   export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/run/compiled}
   export PYTHONUNBUFFERED=1
   "$@" &
   child=$!
-  trap 'kill -TERM $child' TERM
+  [[ -z $asked ]] || kill -TERM "$child"
   while kill -0 "$child" 2> /dev/null; do
     if [[ $(ask preempted) == TRUE || $(ask maintenance-event) == TERMINATE* ]]; then
       echo "$(hostname) is about to be taken away"
