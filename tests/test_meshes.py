@@ -14,15 +14,14 @@ import pytest
 import runs
 from bivl import train
 from bivl.core import collectives, hlo, sharding
+from bivl.core import config as configs
 
 pytestmark = [pytest.mark.meshes, pytest.mark.usefixtures("quick_compile")]
 NAMES = tuple(runs.PRETRAIN)
 STEPS = 10
 MESHES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8), "2x2x2": (2, 2, 2)}
-# Heads that eight devices divide. Three layers, so that one layer's arrays and all are told apart.
-WIDE = {"model.num_heads": "8"}
-GATHERED = WIDE | runs.mesh(1, 8, 1) | {"model.depth": "3"}
-TOWERS = {"clip": {"model.text.num_heads": "8"}, "align": {"model.text.num_heads": "8"}}
+# Where an encoder may say how many heads it has: eight devices are to divide them.
+HEADS = ("model", "model.text", "teacher.config.model", "teacher.config.teacher.config.model")
 # What sees the whole batch at once has no micro-batches: but for that term, they are compared.
 WHOLE = {"bivl": {"contrast.weight": "0"}}
 REFUSED = ("contrastive", "clip", "align")
@@ -31,8 +30,13 @@ REFUSED = ("contrastive", "clip", "align")
 @functools.cache
 def losses(name: str, devices: int, changes: tuple = ()):
     """Losses and gradient norms [STEPS, 2] of an objective."""
-    changes = WIDE | TOWERS.get(name, {}) | dict(changes)
-    return runs.few_losses(devices, changes, name, STEPS)[0]
+    return runs.few_losses(devices, wide(name) | dict(changes), name, STEPS)[0]
+
+
+def wide(name: str) -> dict[str, str]:
+    """Eight heads wherever there are some."""
+    known = configs.flatten(runs.tiny({}, name))
+    return {f"{part}.num_heads": "8" for part in HEADS if f"{part}.num_heads" in known}
 
 
 def assert_equal(name, changes, mesh, plain=()):
@@ -51,7 +55,8 @@ def test_ten_updates_are_those_of_one_device(name, mesh):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_and_with_remat_and_gathering_by_layer(name):
-    assert_equal(name, {"model.remat": "full", "mesh.gather": "layer"}, (2, 2, 2))
+    encoder = "model.text" if name == "align" else "model"
+    assert_equal(name, {f"{encoder}.remat": "full", "mesh.gather": "layer"}, (2, 2, 2))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in REFUSED])
@@ -64,7 +69,8 @@ def test_and_with_micro_batches(name):
 def test_parameters_are_gathered_once(name):
     """On 1 x 8 x 1 each array of the student and of the teacher; nothing of another kind than data
     parallelism has besides."""
-    config = runs.tiny(GATHERED | TOWERS.get(name, {}), name)
+    deep = {} if name == "align" else {"model.depth": "3"}
+    config = runs.tiny(wide(name) | runs.mesh(1, 8, 1) | deep, name)
     program = train.build(config)
     with sharding.use(program.mesh):
         text = program.compile().as_text()
