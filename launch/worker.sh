@@ -62,26 +62,29 @@ run() {
   fi
 }
 
-guard() { # runs the program and hands it the notices of this host as SIGTERM, so that it saves
+notices() { # hands those of this host to a process as SIGTERM, so that it saves
+  while kill -0 "$1" 2> /dev/null; do
+    if [[ $(ask preempted) == TRUE || $(ask maintenance-event) == TERMINATE* ]]; then
+      echo "$(hostname) is about to be taken away"
+      kill -TERM "$1" || true
+      break
+    fi
+    sleep "${NOTICE_EVERY:-5}"
+  done
+}
+
+guard() { # runs the program, and keeps its exit code
   local child="" asked="" code=0
   trap 'asked=1; [[ -z $child ]] || kill -TERM $child' TERM
-  touch run/guarded
   # shellcheck disable=SC1091 # setup has made it
   if [[ -f .venv/bin/activate ]]; then source .venv/bin/activate; fi
   export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/run/compiled}
   export PYTHONUNBUFFERED=1
+  touch run/guarded # no $(...) from here on: bash 5.2 cannot parse one when the trap comes
   "$@" &
   child=$!
   [[ -z $asked ]] || kill -TERM "$child"
-  while kill -0 "$child" 2> /dev/null; do
-    if [[ $(ask preempted) == TRUE || $(ask maintenance-event) == TERMINATE* ]]; then
-      echo "$(hostname) is about to be taken away"
-      kill -TERM "$child" || true
-      break
-    fi
-    sleep "${NOTICE_EVERY:-5}" &
-    wait $! || true
-  done
+  notices "$child" &
   while true; do # a signal ends `wait` before the program has ended
     code=0
     wait "$child" || code=$?

@@ -239,13 +239,14 @@ def test_a_notice_of_the_host_lets_it_save(cloud, notice):
 
 def test_a_program_outlives_the_connection_and_is_followed_again(cloud):
     program = ready(cloud, 'echo . >> "$CLOUD/begun"; until [ -f "$CLOUD/go" ]; do sleep 0.1; done')
+    known = len(cloud.calls("hostname pod"))  # a host is asked its name before it is followed
     process = cloud.start("tpu.sh", "run", *POD, "--", program)
     wait_for(process, lambda: len(lines(cloud, "begun")) == 2)
+    wait_for(process, lambda: len(cloud.calls("hostname pod")) == known + 2)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    known = len(cloud.calls("hostname pod"))
     again = cloud.start("tpu.sh", "run", *POD, "--", program)
-    wait_for(again, lambda: len(cloud.calls("hostname pod")) == known + 2)  # both have looked
+    wait_for(again, lambda: len(cloud.calls("hostname pod")) == known + 4)
     (cloud.folder / "go").touch()
     out, _ = again.communicate(timeout=120)
     assert again.returncode == 0 and "== done" in out
