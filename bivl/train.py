@@ -81,12 +81,15 @@ def build(config, devices=None) -> Program:
     schedule = optimizer.make_schedule(o, config.steps)
     tx = optimizer.make_optimizer(o, schedule)
     abstract = states.abstract(objective, tx, mesh, config.seed)
-    gather = choice("mesh.gather", config.mesh.get("gather", "update"), sharding.GATHER)
+    gather = choice("mesh.gather", config.mesh.gather, sharding.GATHER)
     options = {"seed": config.seed, "accumulate": o.accumulate, "gather": gather}
-    step, counted = (
-        steps.compile_step(each, tx, schedule, abstract, **options)
-        for each in (objective, model.make_objective(with_xla_attention(config)))
-    )
+
+    def compile_step(objective):
+        return steps.compile_step(objective, tx, schedule, abstract, **options)
+
+    step = counted = compile_step(objective)
+    if (plain := with_xla_attention(config)) != config:
+        counted = compile_step(model.make_objective(plain))
     return Program(objective, mesh, tx, abstract, step, sizes, counted)
 
 
