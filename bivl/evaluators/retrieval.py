@@ -33,11 +33,11 @@ def make(predict, splits, config=None):
     `retrieval/text_to_image_recall_at_K`, the mean of all these `retrieval/mean_recall`,
     `retrieval/chance_at_K`, what the mean of both directions is in random order,
     `retrieval/image_to_text_median_rank` and `retrieval/text_to_image_median_rank` (1 is best), and
-    `pictures/retrieval`, a few answers of each direction (process 0 alone). With `floor`, process 0
-    alone gives all but chance again as `retrieval/floor_...`: what ridge
-    regression from the pixels to the words of eval_data.train finds (evaluators/floors.py). With
-    `probe` again as `retrieval/probe_...`: the same from predict["patches"], [B, N D], the frozen
-    patches side by side, of the first floors.RECORDS images.
+    `pictures/retrieval`, a few answers of each direction. With `floor` all but chance again as
+    `retrieval/floor_...`: what ridge regression from the pixels to the words of eval_data.train
+    finds (evaluators/floors.py). With `probe` again as `retrieval/probe_...`: the same from
+    predict["patches"], [B, N D], the frozen patches side by side, of the first floors.RECORDS
+    images. Picture, floor and probe are process 0's alone.
     Equal similarities count against the model. Raises UserError for an objective without these
     predictions, an empty split and settings that are no positive numbers.
     """
@@ -61,15 +61,16 @@ def make(predict, splits, config=None):
         first, owner = distinct(images.ids)
         ours, captions = images.features[first], np.bincount(owner)
         result = summary(both_ways(ours, texts.features, owner), captions, recall_at)
-        if options["probe"]:
+        if options["probe"]:  # all processes take part
             known, asked = (
                 features.extract(predict, few, split, params, extras, "patches")
                 for split in ("train", "test")
             )
-            found = floors.probe(splits.record, known, asked.features[first], texts.rows)
-            result |= summary(both_ways(*found, owner), captions, recall_at, "probe_")
         if splits.record and jax.process_index() == 0:
             rows = images.rows[first], texts.rows
+            if options["probe"]:
+                found = floors.probe(splits.record, known, asked.features[first], texts.rows)
+                result |= summary(both_ways(*found, owner), captions, recall_at, "probe_")
             if options["floor"] and not floor:
                 found = both_ways(*floors.embed(splits.record, *rows), owner)
                 floor.update(summary(found, captions, recall_at, "floor_"))
