@@ -232,6 +232,11 @@ def make_embed(config, dtype: str) -> Embed:
         )
     pad = NONE if tokenizer.kind == "ids" else tokenizer.pad  # of numbers alone, any is a word
     pad = pad if m.pad is None else m.pad
+    if m.get("attention") == "cudnn":  # it would hide the last patches in the place of pads
+        raise UserError(
+            "config.model.attention='cudnn' takes a text's pads to stand last, here an image "
+            "follows them; use 'xla'"
+        )
     return Embed(
         m.patch_size,
         m.width,

@@ -208,7 +208,8 @@ class Tokens(NamedTuple):
     """Added to attention logits; broadcasts to [B, H, L, L]. With five axes each layer has its own,
     which `Encoder` alone understands."""
     padding: jax.Array | None = None
-    """bool [B, L], True = pad; absent where nothing can be padded. Pads stand last."""
+    """bool [B, L], True = pad; absent where nothing can be padded. `attention="cudnn"` takes
+    pads to stand last; a modality where others follow them refuses it."""
     images: int = 0
     """How many of the first tokens are an image's, where texts' tokens may follow."""
 

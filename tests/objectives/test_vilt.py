@@ -198,6 +198,7 @@ def test_without_losses_it_is_read_but_not_trained():
         ({"pair__masking__kind": "block"}, "config.pair.masking.kind='block' is unknown"),
         ({"model__vocabulary": 9}, "config.model.vocabulary=9 is smaller than the tok"),
         ({"model__patch_size": 5}, "config.image_size=12 is not a multiple of"),
+        ({"model__attention": "cudnn", "dtype": "bfloat16"}, "takes a text's pads to stand last"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, words):
