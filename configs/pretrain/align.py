@@ -129,9 +129,7 @@ def get_config(text=None):
 
 def tiny(c):
     """64 px emoji with their keywords."""
-    clip.emoji(c)
-    c.augment.update({"scale": (0.5, 1.0), "squash_to": 0, "crop_ratio": 1.0})
-    c.tokenizer.kind, c.pair.length, c.model.text.rows = "small_xlmr", 32, 32
-    c.steps, c.log_every, c.checkpoint.every, c.optimizer.warmup_steps = 1000, 10, 500, 50
+    clip.tiny(c)
+    c.augment.update({"squash_to": 0, "crop_ratio": 1.0})
     # A divisor moves by no more than a rate a step: from 1 it would not get there.
     c.contrast.temperature = 0.07
