@@ -42,11 +42,6 @@ CASES = {  # class, image tower, text tower
 STRINGS = ["A photo of the cats!", "", "the, CAFÉ é xyz", "a " * 30]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def random_model(name):
     """Statistics of batch norms are random too."""
     ending, image, text = CASES[name]

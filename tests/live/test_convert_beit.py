@@ -37,11 +37,6 @@ CASES = {  # class, what differs from the defaults
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def written(name, folder):
     """Every parameter is drawn, those that begin as zeros or ones too."""
     ending, settings = CASES[name]

@@ -45,11 +45,6 @@ STRINGS = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def random_model(name):
     ending, image, text = CASES[name]
     if image and text:

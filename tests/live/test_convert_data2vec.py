@@ -68,11 +68,6 @@ KINDS = {"Vision": IMAGES, "Text": TEXTS, "Audio": SOUNDS}
 CASES = [(kind, name) for kind, cases in KINDS.items() for name in cases]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def random_model(kind, name):
     """Every parameter is drawn, those that begin as zeros or ones too."""
     ending, settings = KINDS[kind][name]

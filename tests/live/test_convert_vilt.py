@@ -57,11 +57,6 @@ STRINGS = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def random_model(name):
     ending, changes = CASES[name]
     config = transformers.ViltConfig(**SIZES | changes)

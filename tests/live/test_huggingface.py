@@ -112,7 +112,6 @@ def our_config(image_size, patch_size, width, depth, heads, mlp):
 @pytest.fixture(scope="module", params=sorted(SIZES))
 def case(request):
     """Sizes, transformers' model, our parameters, images [2, S, S, 3] and mask [2, T]."""
-    torch.set_num_threads(1)
     sizes = SIZES[request.param]
     model = reference(*sizes)
     rng = np.random.default_rng(1)

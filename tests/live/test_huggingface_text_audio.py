@@ -34,11 +34,6 @@ SOUNDS = {  # channels, kernels, strides, width, depth, heads, mlp, positions (h
 SAMPLES = {"published_front": 8000, "odd_head": 701, "even_kernel": 333}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def encoder_config(spec, width, depth, heads, mlp):
     config = configs.load(f"configs/pretrain/{spec}")
     with config.unlocked():

@@ -33,7 +33,6 @@ def recorder():
 @pytest.fixture(scope="module")
 def case(recorder):
     """Reference student and teacher with fresh weights, images [3, 20, 20, 3] and mask [3, 25]."""
-    torch.set_num_threads(1)
     reference = recorder.reference
     model = reference.ModelConfig(
         image_size=20, patch_size=4, width=24, depth=4, num_heads=3, mlp_dim=56

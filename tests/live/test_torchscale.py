@@ -35,7 +35,6 @@ def recorder():
     """The recording script as a module, beside which it finds its reference."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend("tests/golden")
-        torch.set_num_threads(1)
         yield importlib.import_module("record_beit3")
 
 
