@@ -1,6 +1,7 @@
 """Programs that tests start as processes of their own, and how these wait for them."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ COMMON = {
     "JAX_PLATFORMS": "cpu",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "PYTHONFAULTHANDLER": "1",
 }
 # Devices of one process abort it where one of them waits 40 s for another, as they may on a machine
 # that has much else to do.
@@ -63,7 +65,12 @@ def arguments(workdir, changes=(), name="data2vec_image"):
 
 def finish(process, code=0):
     """Waits for a process and checks its exit code; returns the last line of its stderr."""
-    for kind, piped in zip(("out", "err"), process.communicate(timeout=TIMEOUT), strict=True):
+    try:
+        pipes = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # PYTHONFAULTHANDLER: it says where each thread is
+        pipes = process.communicate()
+    for kind, piped in zip(("out", "err"), pipes, strict=True):
         if piped is not None:
             Path(f"{process.log}.{kind}").write_bytes(piped)
     errors = Path(f"{process.log}.err").read_text()

@@ -232,25 +232,19 @@ def preempted(step: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(step)
 
 
-def _gathered(tree):
-    """Global arrays, whole in every process."""
-    global _met
-    if not _met:
-        barrier("gather", COMPILING)
-        _met = True
-    tick()
-    return multihost_utils.process_allgather(tree, tiled=True)
-
-
 def to_host(tree):
     """Global arrays in any pytree -> numpy, whole, the same in every process."""
+    global _met
     if jax.process_count() > 1:
-        tree = _gathered(tree)
+        if not _met:
+            barrier("gather", COMPILING)
+            _met = True
+        tick()
+        tree = multihost_utils.process_allgather(tree, tiled=True)
     return jax.tree.map(np.asarray, tree)
 
 
-def total(value: int) -> int:
-    """Sum of a local number over all processes."""
-    if jax.process_count() == 1:
-        return value
-    return int(_gathered(np.int64(value)).sum())
+def total(what: str, value: int) -> int:
+    """Sum of a local number over all processes, see `exchange`."""
+    tick()
+    return sum(exchange(what, value, COMPILING))

@@ -46,7 +46,7 @@ class Loop:
         self.writer = metrics.Writer(workdir, self.first, config) if main else None
         self.progress = metrics.Progress(self.first, config.steps) if main else None
         self.peak = metrics.peak_flops(jax.devices()[0].device_kind)
-        self.timings, self.replaced = metrics.Timings.empty(), 0
+        self.timings = metrics.Timings()
         self.pending: Update | None = None
         self.last_read = 0.0
 
@@ -64,12 +64,7 @@ class Loop:
         values = {name: float(value) for name, value in jax.device_get(update.values).items()}
         now = time.monotonic()
         seconds, self.last_read = now - max(update.begin, self.last_read), now
-        self.timings = self.timings.merge(
-            metrics.Timings.single_from_model_output(
-                step_seconds=seconds, data_wait_seconds=update.wait
-            )
-        )
-        self.replaced += update.replaced
+        self.timings.add(seconds, update.wait, update.replaced)
         if update.step % self.config.log_every == 0 or update.step == self.config.steps:
             self.log(update.step, dict(values))
         return values
@@ -86,12 +81,13 @@ class Loop:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics."""
-        values |= {name: float(value) for name, value in self.timings.compute().items()}
+        values |= self.timings.means()
         values["examples_per_second"] = self.config.batch_size / values["step_seconds"]
         if self.peak:
             values["mfu"] = self.flops / values["step_seconds"] / self.peak
-        values["records_replaced"] = distributed.total(self.replaced)
-        self.timings, self.replaced = metrics.Timings.empty(), 0
+        replaced = f"records replaced up to {step}"
+        values["records_replaced"] = distributed.total(replaced, self.timings.replaced)
+        self.timings = metrics.Timings()
         if self.writer:
             self.writer.scalars(step, values)
             self.progress.show(step, values)

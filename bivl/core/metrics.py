@@ -1,6 +1,7 @@
 """Where numbers go: JSON lines, TensorBoard events, W&B, and the progress on the screen."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import sys
@@ -8,8 +9,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from clu import metrics as clu_metrics
-from flax import struct
 from PIL import Image
 from tensorboardX import summary as summaries
 from tensorboardX.event_file_writer import EventsWriter
@@ -19,12 +18,28 @@ from tqdm import tqdm
 log = logging.getLogger("bivl")
 
 
-@struct.dataclass
-class Timings(clu_metrics.Collection):
-    """Means over the updates since the last line."""
+@dataclasses.dataclass
+class Timings:
+    """Sums over the updates since the last line, on the host: arrays of the devices would wait for
+    the update that runs, and where 32 programs wait so, XLA's CPU client stands still for ever."""
 
-    step_seconds: clu_metrics.Average.from_output("step_seconds")  # pyright: ignore
-    data_wait_seconds: clu_metrics.Average.from_output("data_wait_seconds")  # pyright: ignore
+    updates: int = 0
+    step_seconds: float = 0.0
+    data_wait_seconds: float = 0.0
+    replaced: int = 0
+    """Records."""
+
+    def add(self, step_seconds: float, data_wait_seconds: float, replaced: int) -> None:
+        """Counts one update."""
+        self.updates += 1
+        self.step_seconds += step_seconds
+        self.data_wait_seconds += data_wait_seconds
+        self.replaced += replaced
+
+    def means(self) -> dict[str, float]:
+        """`step_seconds` and `data_wait_seconds` of an update."""
+        names = ("step_seconds", "data_wait_seconds")
+        return {name: getattr(self, name) / self.updates for name in names}
 
 
 def cut(path: Path, step: int) -> None:

@@ -97,14 +97,11 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch, caplog, capsys):
 
 
 def test_timings_are_means():
-    timings = metrics.Timings.empty()
+    timings = metrics.Timings()
     for seconds in (1.0, 2.0, 6.0):
-        one = metrics.Timings.single_from_model_output(
-            step_seconds=seconds, data_wait_seconds=seconds / 2
-        )
-        timings = timings.merge(one)
-    found = {name: float(value) for name, value in timings.compute().items()}
-    assert found == {"step_seconds": 3.0, "data_wait_seconds": 1.5}
+        timings.add(seconds, seconds / 2, 2)
+    assert timings.means() == {"step_seconds": 3.0, "data_wait_seconds": 1.5}
+    assert timings.replaced == 6
 
 
 @pytest.mark.parametrize(
