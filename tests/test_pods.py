@@ -148,15 +148,6 @@ def test_two_processes_train_as_one(pair, single):
     assert runs.lines(pair, "evaluations") == runs.lines(single, "evaluations")
 
 
-@pytest.mark.parametrize("name", ["data2vec_text", "data2vec2_speech"])
-def test_two_processes_train_other_objectives_as_one(start, quick_compile, tmp_path, name):
-    changes = ALONE | {"steps": "3"}
-    finish_all(start_all(start, "train", arguments(tmp_path / "pair", changes, name)))
-    train.train(runs.tiny(changes, name), tmp_path / "single")
-    ours, others = (list(runs.losses(tmp_path / run).values()) for run in ("pair", "single"))
-    np.testing.assert_allclose(ours, others, rtol=CLOSE)
-
-
 def test_killed_terminated_and_resumed_in_two_four_and_one(start, pair, quick_compile, tmp_path):
     """Two, of which one is killed; four, of which one is terminated; and one on another mesh."""
     args = arguments(tmp_path, ALONE)
@@ -180,25 +171,9 @@ def test_killed_terminated_and_resumed_in_two_four_and_one(start, pair, quick_co
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(model.params))
 
 
-def test_killed_while_it_saves_and_resumed(start, pair, tmp_path):
-    """Process 0, which jax cannot do without; what it was writing is whole or does not count."""
-    processes = start_all(start, "train", arguments(tmp_path, ALONE), codes={0: WRITE})
-    assert_stopped(processes, 0, "is gone, killed or cut off")
-    finish_all(start_all(start, "train", arguments(tmp_path, ALONE)))
-    assert runs.losses(tmp_path) == runs.losses(pair)
-
-
 def test_killed_while_it_compiles(start, tmp_path):
     processes = start_all(start, "train", arguments(tmp_path, ALONE), codes={0: COMPILATION})
     assert_stopped(processes, 0, "is gone, killed or cut off")
-
-
-def test_two_processes_resume_what_one_saved(start, single, tmp_path):
-    """On half the devices."""
-    workdir = copy(single, tmp_path / "run", 4)
-    args = arguments(workdir, PAIR | {"mesh.fsdp": "4"})
-    finish_all(start_all(start, "train", args, devices=4))
-    assert_close(workdir, single)
 
 
 def test_one_that_is_frozen_is_named(start, tmp_path):
@@ -219,7 +194,35 @@ def test_evaluation_in_two_processes_gives_the_same_numbers(start, pair, tmp_pat
     assert ours == others
 
 
-# More of the same, in more processes.
+# More of the same, and more processes.
+
+
+@pytest.mark.meshes
+@pytest.mark.parametrize("name", ["data2vec_text", "data2vec2_speech"])
+def test_two_processes_train_other_objectives_as_one(start, quick_compile, tmp_path, name):
+    changes = ALONE | {"steps": "3"}
+    finish_all(start_all(start, "train", arguments(tmp_path / "pair", changes, name)))
+    train.train(runs.tiny(changes, name), tmp_path / "single")
+    ours, others = (list(runs.losses(tmp_path / run).values()) for run in ("pair", "single"))
+    np.testing.assert_allclose(ours, others, rtol=CLOSE)
+
+
+@pytest.mark.meshes
+def test_killed_while_it_saves_and_resumed(start, pair, tmp_path):
+    """Process 0, which jax cannot do without; what it was writing is whole or does not count."""
+    processes = start_all(start, "train", arguments(tmp_path, ALONE), codes={0: WRITE})
+    assert_stopped(processes, 0, "is gone, killed or cut off")
+    finish_all(start_all(start, "train", arguments(tmp_path, ALONE)))
+    assert runs.losses(tmp_path) == runs.losses(pair)
+
+
+@pytest.mark.meshes
+def test_two_processes_resume_what_one_saved(start, single, tmp_path):
+    """On half the devices."""
+    workdir = copy(single, tmp_path / "run", 4)
+    args = arguments(workdir, PAIR | {"mesh.fsdp": "4"})
+    finish_all(start_all(start, "train", args, devices=4))
+    assert_close(workdir, single)
 
 
 @pytest.mark.meshes

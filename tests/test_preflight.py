@@ -193,6 +193,7 @@ def test_process_0_absent_is_named(start, tmp_path):
 LATE = "import time\nold = program.check_clock\nprogram.check_clock = lambda s: time.sleep(s + 30)"
 
 
+@pytest.mark.meshes
 def test_one_that_does_not_come_to_a_barrier_is_named(start, tmp_path):
     processes = [start(i, 2, "--seconds=25", code=("", LATE)[i]) for i in range(2)]
     assert processes[0].wait(TIMEOUT) == 2
