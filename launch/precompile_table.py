@@ -28,6 +28,8 @@ LINE = re.compile(r"^\s+(size=\w+)\s+(?:(\d+) x )?(v\w+:[\dx]+)((?:\s+--config\.
 CONFIG = '''
 from bivl.core import config as configs
 
+ROWS = {"clip": 49_408, "wordpiece": 30_522}  # of the table of words
+
 
 def get_config(text=None):
     c = configs.load("{root}/configs/pretrain/{name}.py:" + text)
@@ -36,6 +38,9 @@ def get_config(text=None):
             c.tokenizer.kind = "small_xlmr"  # c.model.vocabulary has the rows
         elif "tokenizer" in c and c.tokenizer.kind == "bpe":
             c.tokenizer.path = "{folder}"
+        elif "tokenizer" in c and c.tokenizer.kind in ROWS:
+            text = c.model.text if "text" in c.model else c.model
+            text.vocabulary, c.tokenizer.kind = ROWS[c.tokenizer.kind], "small_xlmr"
         if c.get("teacher") is not None and c.objective in ("mdm", "mim", "vqkd"):
             fill(c)
     return c
