@@ -22,7 +22,7 @@ Official files, for bivl.convert: `beitv2_base_patch16_224_pt1k.pth`; fine-tuned
 
 TPU slices (launch/README.md has what they give):
     size=base    v5e:8x8
-    size=large   v5e:8x8  --config.optimizer.accumulate=4
+    size=large   v5e:8x8  --config.optimizer.accumulate=2
 """
 
 from configs import common

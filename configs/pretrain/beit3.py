@@ -30,7 +30,7 @@ decay of vectors, biases, positions and CLS (`beit2`).
 
 TPU slices (launch/README.md has what they give):
     size=base    v5e:8x8  --config.model.remat=full
-    size=large   v6e:8x8
+    size=large   v5p:4x4x4
     size=giant   2 x v5p:4x4x8
 """
 

@@ -24,7 +24,7 @@ CLIP cuts squares. Nothing decays that is a gain, a bias, the scale or the class
 TPU slices (launch/README.md has what they give):
     size=small   v5e:2x2
     size=base    v5e:8x8
-    size=large   v6e:8x8
+    size=large   v5p:4x4x4
 """
 
 from configs import common

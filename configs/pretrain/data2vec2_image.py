@@ -20,9 +20,9 @@ has an explicit weight, that of its sum over one GPU's rows (2.56 for 16 images 
 for 8 x 16); the teacher computes in float32; the collapse guards, off there, are on.
 
 TPU slices (launch/README.md has what they give):
-    size=base    v5e:8x8  --config.optimizer.accumulate=2
+    size=base    v5e:8x8
     size=large   v5e:8x8  --config.optimizer.accumulate=2
-    size=huge    v6e:8x8  --config.optimizer.accumulate=2
+    size=huge    v5p:4x4x4
 """
 
 from configs import common

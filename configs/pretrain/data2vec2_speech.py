@@ -20,7 +20,7 @@ presents inverse block masking. There, crops and masks are cropped apart, so tha
 here.
 
 TPU slices (launch/README.md has what they give):
-    size=base    v5e:4x4  --config.optimizer.accumulate=2
+    size=base    v5e:4x4
     size=large   v5e:8x8
 """
 

@@ -18,8 +18,8 @@ learned embeddings' dropout included, which the teacher shares with the student 
 million updates.
 
 TPU slices (launch/README.md has what they give):
-    size=base    v5e:4x4  --config.optimizer.accumulate=2
-    size=large   v5e:4x4  --config.optimizer.accumulate=4
+    size=base    v5e:4x4
+    size=large   v5e:4x4  --config.optimizer.accumulate=2
 """
 
 from configs import common

@@ -21,7 +21,7 @@ embed/extractor,embed/norm,embed/projection,embed/fill,head). fairseq crops to t
 utterance of a batch; here crops have one length, and what is shorter is padded.
 
 TPU slices (launch/README.md has what they give):
-    size=base    v5e:4x4  --config.optimizer.accumulate=4
+    size=base    v5e:4x4  --config.optimizer.accumulate=2
 """
 
 from configs import common

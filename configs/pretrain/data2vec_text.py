@@ -18,7 +18,7 @@ follows the code that was released, `full` the paper. The paper's main row masks
 --config.masking.kind=bert with mask_ratio=0.15, and a tri_stage schedule.
 
 TPU slices (launch/README.md has what they give):
-    size=base    v5e:4x4  --config.optimizer.accumulate=2
+    size=base    v5e:4x4
 """
 
 from configs import common
