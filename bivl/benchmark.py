@@ -115,8 +115,8 @@ def _report(config, program, compiled, times, waits, cpu, compile_seconds) -> di
 def main(argv) -> None:
     """The command line."""
     args, config = cli.parse(argv, __doc__, FLAGS | distributed.FLAGS)
-    distributed.start(args)
     memory.keep()
+    distributed.start(args)
     if args.json:
         logging.getLogger("bivl").setLevel(logging.WARNING)
     steps = max(args.steps, 1)

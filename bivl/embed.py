@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from bivl import evaluate, model
-from bivl.core import checkpoint, cli, distributed
+from bivl.core import checkpoint, cli, distributed, memory
 from bivl.core import config as configs
 from bivl.core.errors import UserError
 from bivl.data import mixture, sources
@@ -43,6 +43,7 @@ def saved_config(args, keys):
 def main(argv) -> None:
     """The command line."""
     args, config = cli.parse(argv, __doc__, FLAGS | distributed.FLAGS, base=saved_config)
+    memory.keep()
     distributed.start(args)
     out = Path(args.out)
     if out.suffix != ".npz":

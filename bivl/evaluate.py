@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from bivl import model
-from bivl.core import checkpoint, cli, distributed, metrics, sharding
+from bivl.core import checkpoint, cli, distributed, memory, metrics, sharding
 from bivl.core.errors import UserError
 from bivl.data import mixture, pipeline, sources
 from bivl.evaluators.features import HOST_KEYS, Splits
@@ -169,6 +169,7 @@ def main(argv) -> None:
     """The command line."""
     flags = FLAGS | distributed.FLAGS
     args, config = cli.parse(argv, __doc__, flags, base=saved_config)
+    memory.keep()
     distributed.start(args)
     out = Path(args.out or args.checkpoint)
     if any(place.is_file() for place in (out, *out.absolute().parents)):

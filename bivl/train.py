@@ -215,8 +215,8 @@ def table(program: Program) -> str:
 def main(argv) -> None:
     """The command line."""
     args, config = cli.parse(argv, __doc__, FLAGS | distributed.FLAGS)
-    distributed.start(args)
     memory.keep()
+    distributed.start(args)
     train(config, args.workdir)
 
 
