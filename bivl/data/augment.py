@@ -37,7 +37,7 @@ class View:
         return next((k for k in (8, 4, 2) if h // k >= size[0] and w // k >= size[1]), 1)
 
     def shrunk(self, factor: int) -> "View":
-        """The same view of a picture of 1 / factor of the size, in its whole pixels."""
+        """The same view of a picture of 1 / factor of the size, to within one of its pixels."""
         top, left, h, w = self.window
         edges = (top, left, top + h, left + w)
         top, left, bottom, right = ((edge + factor // 2) // factor for edge in edges)
