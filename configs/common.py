@@ -116,6 +116,19 @@ def transformer(width: int, depth: int, heads: int, **changes) -> dict:
     }
 
 
+def augment(**changes) -> dict:
+    """What training does to images, and what evaluation cuts out of them."""
+    return {
+        "color_jitter": (0.0, 0.0, 0.0),  # brightness, contrast, saturation
+        "flip": True,
+        "scale": (0.08, 1.0),  # of the random window: its share of the image
+        "ratio": (3 / 4, 4 / 3),  # its width over its height
+        "scaled_decoding": False,  # JPEGs at 1/2, 1/4 or 1/8, where the window stays large enough
+        "crop_ratio": 0.875,  # evaluation: central crop over short side
+        **changes,
+    }
+
+
 def fairseq_adam(c: ConfigDict, rate: float, warmup: int, clip: float) -> None:
     """The optimizer of data2vec on text and speech: every parameter is decayed."""
     c.optimizer.update(

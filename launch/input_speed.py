@@ -1,19 +1,23 @@
 """Images a second of one core: our input pipeline, PIL-style loading, and decoding alone.
 
-    taskset -c 0 python launch/input_speed.py [--images=200] [--json]
+    taskset -c 0 python launch/input_speed.py [--images=200] [--size=500x375] [--json]
 
-Makes JPEGs of 500 x 375 pixels (quality 90, 4:2:0, coloured texture) in a temporary folder. Each
-way reads them all, in turns, and the best turn counts, in CPU seconds, which a busy machine
-stretches less than the clock's. `pipeline` is what training runs: grain without threads, decode,
-flip, random resized crop to 224 pixels, masks, batches of 25. `pil` is the same picture in a bare
-loop, as torchvision's transforms make it. The others only decode: Pillow, Pillow and OpenCV at
+Makes JPEGs of that size (quality 90, 4:2:0, coloured texture) in a temporary folder, each under
+many names: grain takes longest to shuffle a small set. Each way reads as many, in turns, and the
+best turn counts, in CPU seconds, which a busy machine stretches less than the clock's. `pipeline`
+is what training runs: grain without threads, files, decode, flip, random resized crop to 224
+pixels, masks, batches of 25; `pipeline_scaled` with augment.scaled_decoding, which changes nothing
+where no window has 448 pixels both ways. `pil` is the same picture in a bare loop over bytes in
+memory, as torchvision's transforms make it. The others only decode: Pillow, Pillow and OpenCV at
 half size by the JPEG's own scaling, OpenCV (all of them libjpeg-turbo) and, where it is installed,
 simplejpeg.
 """
 
 import argparse
+import contextlib
 import io
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -25,17 +29,17 @@ from bivl import train
 from bivl.core import config as configs
 from bivl.data import augment
 
-SIZE, BATCH, TURNS = (500, 375), 25, 3
+BATCH, TURNS, NAMES = 25, 5, 20_000
 
 
-def textures(count: int) -> list[bytes]:
+def textures(count: int, size: tuple[int, int]) -> list[bytes]:
     """JPEGs of coloured noise on several scales, which compress about as photographs do."""
     rng, files = np.random.default_rng(0), []
     for _ in range(count):
-        total = np.zeros((SIZE[1], SIZE[0], 3))
+        total = np.zeros((size[1], size[0], 3))
         for cells in (4, 16, 64, 256):
             small = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
-            total += np.asarray(small.resize(SIZE, Image.Resampling.BICUBIC), float) / cells**0.5
+            total += np.asarray(small.resize(size, Image.Resampling.BICUBIC), float) / cells**0.5
         total = 255 * (total - total.min()) / np.ptp(total)
         stream = io.BytesIO()
         Image.fromarray(total.astype(np.uint8)).save(stream, "JPEG", quality=90)
@@ -57,7 +61,7 @@ def pil(data: bytes, rng) -> np.ndarray:
 def half(data: bytes) -> np.ndarray:
     """Half the size, by the inverse transform of 4 x 4 of a block's 8 x 8 coefficients."""
     image = Image.open(io.BytesIO(data))
-    image.draft("RGB", (SIZE[0] // 2, SIZE[1] // 2))
+    image.draft("RGB", (image.width // 2, image.height // 2))
     return np.array(image)
 
 
@@ -87,28 +91,37 @@ def decoders() -> dict:
     return found
 
 
-def pipeline(folder: str):
+def names(files: list[bytes], folder: str) -> None:
+    """Writes the files into a class folder below `folder`, each under many names."""
+    home = Path(folder, "train", "texture")
+    home.mkdir(parents=True)
+    for number in range(max(NAMES, len(files))):
+        path, first = home / f"{number}.jpg", home / f"{number % len(files)}.jpg"
+        if number < len(files):
+            path.write_bytes(files[number])
+        else:
+            os.link(first, path)
+
+
+def pipeline(folder: str, scaled: bool):
     """-> an iterator of training batches from class folders below `folder`."""
     config = configs.load("configs/pretrain/data2vec2_image.py:size=base")
     keys = {"data.kind": "folder", "data.name": "", "data.dir": folder, "loader.threads": 0}
-    keys |= {"batch_size": BATCH, "masking.num_masks": 1}
+    keys |= {"batch_size": BATCH, "masking.num_masks": 1, "augment.scaled_decoding": scaled}
     configs.override(config, [(name, str(value)) for name, value in keys.items()])
     return train.open_batches(config, train.build(config), 0)
 
 
-def measure(count: int) -> dict[str, float]:
+def measure(count: int, size: tuple[int, int]) -> dict[str, float]:
     """{way: images a second of CPU time}."""
-    files, rng, best = textures(count), np.random.default_rng(0), {}
-    with tempfile.TemporaryDirectory() as folder:
-        for number, data in enumerate(files):
-            path = Path(folder, "train", "texture", f"{number}.jpg")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        batches = pipeline(folder)
-        ways = {
-            "pipeline": lambda: [next(batches) for _ in range(count // BATCH)],
-            "pil": lambda: [pil(data, rng) for data in files],
-        }
+    files, rng, best = textures(count, size), np.random.default_rng(0), {}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        names(files, folder)
+        ways = {}
+        for name, scaled in {"pipeline": False, "pipeline_scaled": True}.items():
+            batches = stack.enter_context(contextlib.closing(pipeline(folder, scaled)))
+            ways[name] = lambda b=batches: [next(b) for _ in range(count // BATCH)]
+        ways["pil"] = lambda: [pil(data, rng) for data in files]
         for name, decode in decoders().items():
             ways[name] = lambda decode=decode: [decode(data) for data in files]
         for _ in range(TURNS + 1):  # the first warms up
@@ -116,7 +129,6 @@ def measure(count: int) -> dict[str, float]:
                 start = time.process_time()
                 way()
                 best.setdefault(name, []).append(time.process_time() - start)
-        batches.close()
     return {name: count / min(seconds[1:]) for name, seconds in best.items()}
 
 
@@ -124,9 +136,11 @@ def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=200, help=f"a multiple of {BATCH}")
+    parser.add_argument("--size", default="500x375", help="of the JPEGs, WIDTHxHEIGHT")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    report = measure(max(args.images // BATCH, 1) * BATCH)
+    width, height = map(int, args.size.split("x"))
+    report = measure(max(args.images // BATCH, 1) * BATCH, (width, height))
     if args.json:
         print(json.dumps(report))
     else:

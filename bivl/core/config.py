@@ -187,6 +187,7 @@ MAY_CHANGE = (
     "guard",
     "wandb",
     "data.dir",
+    "augment.scaled_decoding",  # the same windows
     "model.attention",
     "optimizer.accumulate",
 )

@@ -1,124 +1,75 @@
-"""Images on the host: decoding, random crops and colours for training, the centre view for eval.
+"""What is done to images on the host: random crops and colours for training, the centre view for
+evaluation.
 
-Every function takes and gives uint8 RGB arrays [H, W, 3]. Pillow does the pixel work, because the
-references' numbers were made with it (torchvision transforms on PIL images).
+Pictures are upright RGB images of Pillow, as `images.Opened.rgb` gives them, and stay so from one
+step to the next: Pillow stores a pixel as four bytes, so that every array made of a picture is a
+copy. Pillow does the pixel work, because the references' numbers were made with it (torchvision
+transforms on PIL images).
 """
 
-import io
+import dataclasses
 import math
-import os
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageEnhance, UnidentifiedImageError
+from PIL import Image, ImageEnhance
 
-from bivl.core.errors import Undecodable
-
-MAX_PIXELS = 2**26
-# A fixed list, since other Pillow plugins start programs (EPS) or are rarely exercised.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-_EXIF_ORIENTATION = 0x0112
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+_HUE = len(_ENHANCERS)
 
 
-def decode_image(value) -> np.ndarray:
-    """Decodes to uint8 RGB [H, W, 3]; the first frame of an animation.
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What training sees of an image, drawn from its size before its pixels are decoded.
 
-    Grey, palette, CMYK and 16 bit images become 8 bit RGB (16 bit by v / 257, rounded), alpha is
-    composited on white, EXIF rotation is applied.
-
-    Args:
-      value: encoded bytes, a path, a PIL image, or an array: uint8 or uint16 [H, W], or uint8
-        [H, W, 1 | 2 | 3 | 4].
-
-    Raises:
-      Undecodable: damaged or truncated data, an unknown format, more than 2**26 pixels
-        (checked before the pixels are decoded), an empty image, float or 32 bit pixels.
+    changes: colour changes of the whole image in their order, as `draw_jitter` gives them.
+    mirrored: whether left and right are exchanged.
+    window: top, left, height and width of the part that is cut out, before it is mirrored.
     """
-    try:
-        if isinstance(value, np.ndarray):
-            return _array_to_rgb(value)
-        if isinstance(value, Image.Image):
-            return _image_to_rgb(value)
-        if isinstance(value, (bytes, bytearray, memoryview)):
-            value = io.BytesIO(value)
-        elif not isinstance(value, (str, os.PathLike)):
-            raise Undecodable(f"a {type(value).__name__} is no image")
-        with Image.open(value, formats=_FORMATS) as image:
-            return _image_to_rgb(image)
-    except Undecodable:
-        raise
-    except UnidentifiedImageError as error:
-        raise Undecodable("this is no image of a known format") from error
-    except Exception as error:  # Pillow raises a dozen types on damaged files
-        raise Undecodable(f"{type(error).__name__}: {error}") from error
+
+    changes: tuple[tuple[int, float], ...]
+    mirrored: bool
+    window: tuple[int, int, int, int]
+
+    def shrinkage(self, size: tuple[int, int]) -> int:
+        """The largest of 8, 4, 2 and 1 by which the window can shrink and still cover `size`."""
+        _, _, h, w = self.window
+        return next((k for k in (8, 4, 2) if h // k >= size[0] and w // k >= size[1]), 1)
+
+    def shrunk(self, factor: int) -> "View":
+        """The same view of a picture of 1 / factor of the size, to within one of its pixels."""
+        top, left, h, w = self.window
+        edges = (top, left, top + h, left + w)
+        top, left, bottom, right = ((edge + factor // 2) // factor for edge in edges)
+        return dataclasses.replace(self, window=(top, left, bottom - top, right - left))
 
 
-def _check_size(height: int, width: int):
-    if height * width > MAX_PIXELS:
-        raise Undecodable(f"{width}x{height} pixels are over the limit of {MAX_PIXELS}")
-    if height * width == 0:
-        raise Undecodable(f"an image of {width}x{height} pixels is empty")
+def draw_view(
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    color_jitter: Sequence[float] = (0.0, 0.0, 0.0),
+    flip: bool = False,
+    scale: Sequence[float] = (0.08, 1.0),
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
+) -> View:
+    """The view of an image of `size` = (H, W): jitter, flip at 1/2, window, in BEiT's order."""
+    height, width = size
+    changes = draw_jitter(rng, *color_jitter) if any(color_jitter) else ()
+    mirrored = flip and rng.random() < 0.5
+    top, left, h, w = crop_window(rng, height, width, scale, ratio)
+    # The window is drawn in the mirror image.
+    return View(changes, mirrored, (top, width - left - w if mirrored else left, h, w))
 
 
-def _array_to_rgb(array: np.ndarray) -> np.ndarray:
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 2, 3, 4)):
-        raise Undecodable(f"an array of shape {array.shape} is no image [H, W] or [H, W, C]")
-    _check_size(*array.shape[:2])
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3:
-        return array
-    if array.dtype == np.uint8 or (array.dtype == np.uint16 and array.ndim == 2):
-        return _image_to_rgb(Image.fromarray(np.ascontiguousarray(array)))
-    raise Undecodable(f"pixels of type {array.dtype} are not supported, use uint8")
-
-
-def _image_to_rgb(image: Image.Image) -> np.ndarray:
-    _check_size(image.height, image.width)
-    image.load()
-    orientation = _orientation(image)  # after load(): Pillow turns TIFF files by itself there
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _eight_bit(image)
-    elif image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255,) * 4), rgba)
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    if orientation in _TRANSPOSE:
-        image = image.transpose(_TRANSPOSE[orientation])
-    return np.array(image)
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # damaged metadata is no reason to lose the picture
-        return 1
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Scales 16 bit grey to 8 bit; Pillow's own conversion would clip at 255."""
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise Undecodable(f"pixels of mode {image.mode} (32 bit) are not supported")
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
-
-
-def resize(image: np.ndarray, size: tuple[int, int], interpolation: str = "bicubic") -> np.ndarray:
-    """Resizes [H, W, 3] to `size` = (h, w) with Pillow's antialiasing filter of that name."""
-    if image.shape[:2] == tuple(size):
-        return image
-    resample = Image.Resampling[interpolation.upper()]
-    return np.array(Image.fromarray(image).resize((size[1], size[0]), resample))
+def show(
+    picture: Image.Image, view: View, size: tuple[int, int], interpolation: str = "bicubic"
+) -> Image.Image:
+    """The view of a picture, resized to `size` = (h, w)."""
+    top, left, h, w = view.window
+    picture = change_colors(picture, view.changes).crop((left, top, left + w, top + h))
+    if view.mirrored:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return resize(picture, size, interpolation)
 
 
 def crop_window(
@@ -151,58 +102,36 @@ def crop_window(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def random_resized_crop(
-    image: np.ndarray,
-    rng: np.random.Generator,
-    size: int | tuple[int, int],
-    scale: Sequence[float] = (0.08, 1.0),
-    ratio: Sequence[float] = (3 / 4, 4 / 3),
-    interpolation: str = "bicubic",
-) -> np.ndarray:
-    """Crops a window as `crop_window` draws it and resizes it to `size` (one number = square)."""
-    top, left, h, w = crop_window(rng, image.shape[0], image.shape[1], scale, ratio)
-    window = np.ascontiguousarray(image[top : top + h, left : left + w])
-    return resize(window, _pair(size), interpolation)
-
-
-def horizontal_flip(
-    image: np.ndarray, rng: np.random.Generator, probability: float = 0.5
-) -> np.ndarray:
-    """Mirrors left and right with this probability; the mirror image is a view, to be cropped."""
-    return image[:, ::-1] if rng.random() < probability else image
-
-
-def color_jitter(
-    image: np.ndarray,
+def draw_jitter(
     rng: np.random.Generator,
     brightness: float = 0.0,
     contrast: float = 0.0,
     saturation: float = 0.0,
     hue: float = 0.0,
-) -> np.ndarray:
-    """Changes colours in random order; a strength of 0 leaves that property alone.
+) -> tuple[tuple[int, float], ...]:
+    """Colour changes in random order: (property, factor), a strength of 0 leaves one out.
 
-    Brightness, contrast and saturation are multiplied by factors uniform in
-    [max(0, 1 - v), 1 + v], the hue is turned by a part of the circle uniform in [-hue, hue]
-    (hue <= 0.5). Source: torchvision ColorJitter on uint8 PIL images.
+    Properties are numbered as the arguments. Brightness, contrast and saturation are multiplied by
+    factors uniform in [max(0, 1 - v), 1 + v], the hue is turned by a part of the circle uniform in
+    [-hue, hue] (hue <= 0.5). Source: torchvision ColorJitter on uint8 PIL images.
     """
     strengths = (brightness, contrast, saturation, hue)
     if min(strengths) < 0 or hue > 0.5:
         raise ValueError(f"strengths {strengths} must not be negative, nor hue over 0.5")
     order = rng.permutation(4).tolist()
-    # All factors are drawn before any is used, so the draws do not depend on the order.
-    factors = [rng.uniform(max(0.0, 1 - v), 1 + v) for v in strengths[:3]]
+    factors = [rng.uniform(max(0.0, 1 - v), 1 + v) for v in strengths[:_HUE]]
     factors.append(rng.uniform(-hue, hue))
-    picture = Image.fromarray(image)
-    for k in order:
-        if strengths[k] == 0:
-            continue
-        if k == 3:
-            picture = _turn_hue(picture, factors[3])
+    return tuple((k, factors[k]) for k in order if strengths[k])
+
+
+def change_colors(picture: Image.Image, changes: Sequence[tuple[int, float]]) -> Image.Image:
+    """Makes the changes that `draw_jitter` drew."""
+    for k, factor in changes:
+        if k == _HUE:
+            picture = _turn_hue(picture, factor)
         else:
-            enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[k]
-            picture = enhance(picture).enhance(factors[k])
-    return np.array(picture)
+            picture = _ENHANCERS[k](picture).enhance(factor)
+    return picture
 
 
 def _turn_hue(picture: Image.Image, turn: float) -> Image.Image:
@@ -212,39 +141,43 @@ def _turn_hue(picture: Image.Image, turn: float) -> Image.Image:
     return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
 
 
-def resize_shorter(image: np.ndarray, size: int, interpolation: str = "bicubic") -> np.ndarray:
+def resize(
+    picture: Image.Image, size: tuple[int, int], interpolation: str = "bicubic"
+) -> Image.Image:
+    """Resizes to `size` = (h, w) with Pillow's antialiasing filter of that name."""
+    return picture.resize((size[1], size[0]), Image.Resampling[interpolation.upper()])
+
+
+def resize_shorter(picture: Image.Image, size: int, interpolation: str = "bicubic") -> Image.Image:
     """Resizes so that the shorter side is `size`; the longer is rounded down, as in torchvision."""
-    height, width = image.shape[:2]
+    width, height = picture.size
     if height <= width:
-        return resize(image, (size, int(size * width / height)), interpolation)
-    return resize(image, (int(size * height / width), size), interpolation)
+        return resize(picture, (size, int(size * width / height)), interpolation)
+    return resize(picture, (int(size * height / width), size), interpolation)
 
 
-def center_crop(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+def center_crop(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Cuts out the centre; a side that is too short is padded with black, as in torchvision."""
-    h, w = _pair(size)
-    height, width = image.shape[:2]
-    if height < h or width < w:
-        more = max(h - height, 0), max(w - width, 0)
-        image = np.pad(image, [(m // 2, (m + 1) // 2) for m in more] + [(0, 0)])
-        height, width = image.shape[:2]
-    top, left = round((height - h) / 2), round((width - w) / 2)
-    return np.ascontiguousarray(image[top : top + h, left : left + w])
+    h, w = size
+    top, left = _margin(picture.height - h), _margin(picture.width - w)
+    return picture.crop((left, top, left + w, top + h))
+
+
+def _margin(surplus: int) -> int:
+    """What is cut off before the centre, or negative, padded."""
+    return round(surplus / 2) if surplus > 0 else -(-surplus // 2)
 
 
 def center_view(
-    image: np.ndarray, size: int, crop_ratio: float = 0.875, interpolation: str = "bicubic"
-) -> np.ndarray:
-    """The deterministic view for evaluation: uint8 [size, size, 3].
+    picture: Image.Image, size: int, crop_ratio: float = 0.875, interpolation: str = "bicubic"
+) -> Image.Image:
+    """The deterministic view for evaluation: size x size pixels.
 
     The shorter side becomes size / crop_ratio (rounded down), then the centre is cut out. An
     image that already fits into size x size is only resized (crop_ratio 1): cutting the rim off
     a picture that must be enlarged would only lose what little it shows.
     """
-    if max(image.shape[:2]) <= size:
+    if max(picture.size) <= size:
         crop_ratio = 1.0
-    return center_crop(resize_shorter(image, int(size / crop_ratio), interpolation), size)
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, (int, np.integer)) else (int(size[0]), int(size[1]))
+    whole = resize_shorter(picture, int(size / crop_ratio), interpolation)
+    return center_crop(whole, (size, size))

@@ -8,7 +8,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from bivl.core.errors import Undecodable, UserError
+from bivl.core.errors import UserError
+from bivl.data.images import read_file
 from bivl.data.table import Column, Table, setting, split_ranges
 
 MAX_BYTES = 2**26  # of the file of questions; the published ones have 2 MB
@@ -59,11 +60,7 @@ class QuestionRows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path, question, answer, number = self.rows[index]
-        try:
-            image = pathlib.Path(path).read_bytes()
-        except OSError as error:
-            raise Undecodable(f"{type(error).__name__}: {error.strerror}") from error
-        return {"image": image, "question": question, "answer": answer, "id": number}
+        return {"image": read_file(path), "question": question, "answer": answer, "id": number}
 
     def where(self, index: int) -> str:
         """The path of a row's image, and its question."""

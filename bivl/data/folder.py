@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from bivl.core.errors import Undecodable, UserError
+from bivl.core.errors import UserError
+from bivl.data.images import read_file
 from bivl.data.table import Column, Table, refuse_name, setting, split_names, split_ranges
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-MAX_BYTES = 2**28  # 256 MiB; whatever is larger is no training image
 
 
 def folder_table(config: Mapping[str, Any]) -> Table:
@@ -66,22 +66,11 @@ class FolderRows:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": _read(self.paths[index]), "label": int(self.labels[index])}
+        return {"image": read_file(self.paths[index]), "label": int(self.labels[index])}
 
     def where(self, index: int) -> str:
         """The path of a row."""
         return self.paths[index]
-
-
-def _read(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise Undecodable(f"{type(error).__name__}: {error.strerror}") from error
-    if len(data) > MAX_BYTES:
-        raise Undecodable(f"the file is larger than {MAX_BYTES} bytes")
-    return data
 
 
 def _split_folders(

@@ -5,6 +5,7 @@ example; or, for M clones with equal counts, `mask` bool [M, L] and `keep` int32
 positions in order. True = masked everywhere.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -116,22 +117,25 @@ def inverse_block_mask(
     share = 1 - mask_ratio if inverse else mask_ratio
     wanted = int(total * share)
     centres = rng.integers(0, total, int(total * (share + adjust) / block ** len(grid)))
-    offsets = np.arange(block) - block // 2
-    lines = [
-        np.clip(c[:, None] + offsets, 0, size - 1)
-        for c, size in zip(np.unravel_index(centres, grid), grid, strict=True)
-    ]
-    marked = np.zeros(grid, bool)
-    if len(grid) == 2:
-        marked[lines[0][:, :, None], lines[1][:, None, :]] = True
-    else:
-        marked[lines[0]] = True
-    marked = marked.reshape(-1)
-    surplus = int(marked.sum()) - wanted
+    marked = np.zeros(total, bool)
+    marked[_blocks(tuple(grid), block)[centres]] = True
+    surplus = np.count_nonzero(marked) - wanted
     if surplus:
-        cells = np.flatnonzero(marked == (surplus > 0))
+        (cells,) = (marked if surplus > 0 else ~marked).nonzero()
         marked[rng.choice(cells, abs(surplus), replace=False)] = surplus < 0
     return ~marked if inverse else marked
+
+
+@functools.lru_cache
+def _blocks(grid: tuple[int, ...], block: int) -> np.ndarray:
+    """int [T, block^n]: the cells of the block round each cell, coordinates clamped to the grid."""
+    offsets = np.arange(block) - block // 2
+    lines = [np.clip(np.arange(size)[:, None] + offsets, 0, size - 1) for size in grid]
+    cells = np.zeros((1, 1), int)
+    for line, size in zip(lines, grid, strict=True):
+        cells = cells[:, None, :, None] * size + line[:, None, :]
+        cells = cells.reshape(cells.shape[0] * cells.shape[1], -1)
+    return cells
 
 
 def random_mask(rng: np.random.Generator, total: int, mask_ratio: float) -> np.ndarray:
@@ -169,8 +173,8 @@ def random_sampler(ratio: float, grid, num_masks: int) -> Callable:
 
 
 def _clones(masks: list[np.ndarray]) -> dict[str, np.ndarray]:
-    keep = [np.flatnonzero(~mask).astype(np.int32) for mask in masks]
-    return {"mask": np.stack(masks), "keep": np.stack(keep)}
+    keep = np.array([(~mask).nonzero()[0] for mask in masks], np.int32)
+    return {"mask": np.array(masks), "keep": keep}
 
 
 SAMPLERS: dict[str, Callable] = {

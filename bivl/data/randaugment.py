@@ -20,7 +20,7 @@ _ATTEMPTS = 10  # boxes tried before an image stays whole
 
 
 def rand_augment(
-    image: np.ndarray,
+    picture: Image.Image,
     rng: np.random.Generator,
     magnitude: float = 9.0,
     std: float = 0.5,
@@ -29,14 +29,14 @@ def rand_augment(
     probability: float = 0.5,
     fill: Sequence[int] = (128, 128, 128),
     interpolation: str = "bicubic",
-) -> np.ndarray:
-    """Changes uint8 [H, W, 3] by `layers` operations, each of which is skipped at 1 - probability.
+) -> Image.Image:
+    """Changes an RGB picture by `layers` operations, each of which is skipped at 1 - probability.
 
     Operations are drawn evenly and with replacement from the 15 of OPERATIONS. Each takes its own
     magnitude from a normal distribution, clipped to [0, 10].
 
     Args:
-      image: uint8 [H, W, 3].
+      picture: RGB, of Pillow.
       rng: source of randomness.
       magnitude: mean of the magnitudes (m9).
       std: their standard deviation (mstd0.5).
@@ -54,7 +54,6 @@ def rand_augment(
             f"config.augment.interpolation={interpolation!r} is unknown; use bilinear, bicubic or "
             "random"
         )
-    picture = Image.fromarray(image)
     names = list(OPERATIONS)
     for index in rng.integers(len(names), size=layers):
         if rng.random() > probability:
@@ -65,7 +64,7 @@ def rand_augment(
         resample = Image.Resampling[chosen.upper()]
         options = {"resample": resample, "fillcolor": tuple(int(value) for value in fill)}
         picture = OPERATIONS[names[index]](picture, argument, options)
-    return np.array(picture)
+    return picture
 
 
 def strength(name: str, level: float, rng: np.random.Generator, increasing: bool = True):

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 
 import numpy as np
+from PIL import Image
 from scipy import sparse
 
 from bivl.core.errors import Undecodable, UserError
@@ -94,7 +95,8 @@ def examples(record):
 
 def shrink(image):
     """uint8 [H, W, 3] -> [SIDE * SIDE * 3] in 0..1."""
-    return augment.resize(np.asarray(image), (SIDE, SIDE)).reshape(-1) / 255
+    picture = augment.resize(Image.fromarray(np.asarray(image)), (SIDE, SIDE))
+    return np.asarray(picture).reshape(-1) / 255
 
 
 def words(text):

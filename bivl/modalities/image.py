@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from bivl.core.config import choice
 from bivl.core.errors import UserError
-from bivl.data import augment, masking, randaugment
+from bivl.data import augment, images, masking, randaugment
 from bivl.modalities import labels
 from bivl.models.layers import (
     PatchEmbed,
@@ -67,7 +67,7 @@ def spec(config) -> dict[str, jax.ShapeDtypeStruct]:
     return inputs(config) | shapes
 
 
-def check(config):
+def _check(config):
     """UserError for augmentation that no image could survive."""
     a = config.augment
     for key, value, count in (
@@ -88,89 +88,105 @@ def check(config):
         raise UserError(f"config.image_std={config.image_std} must be positive")
 
 
-def _image(record):
+def _opened(record):
     if "image" not in record:
         raise UserError(
             "the data has no image; set config.data.fields.image to the feature that holds it "
             f"(a record has {sorted(record)})"
         )
-    return augment.decode_image(record["image"])
+    return images.open_image(record["image"])
 
 
 def train_ops(config):
     """record, rng -> {image, mask, ...}: jitter, flip, random resized crop (as BEiT), masks."""
-    check(config)
-    sample = mask_sampler(config)
+    image, sample = train_image(config), mask_sampler(config)
     if sum(bool(sample(np.random.default_rng(i))["mask"].any()) for i in range(16)) < 8:
         raise UserError(
             f"config.masking={dict(config.masking)} hides nothing of most images, {grid(config)} "
             f"patches at mask_ratio={config.mask_ratio}; choose smaller blocks or a larger ratio"
         )
-
-    def ops(record, rng):
-        return {"image": train_image(config, record, rng)} | sample(rng)
-
-    return ops
+    return lambda record, rng: {"image": image(record, rng)} | sample(rng)
 
 
-def train_image(config, record, rng):
-    """One record as training sees it: uint8 [S, S, 3] after jitter, flip and random crop."""
-    image, a = _image(record), config.augment
-    if any(a.color_jitter):
-        image = augment.color_jitter(image, rng, *a.color_jitter)
-    if a.flip:
-        image = augment.horizontal_flip(image, rng)
-    scale, ratio, kind = tuple(a.scale), tuple(a.ratio), a.get("interpolation", "bicubic")
-    return augment.random_resized_crop(image, rng, config.image_size, scale, ratio, kind)
+def _train_picture(config):
+    """record, rng -> Pillow image of S x S pixels, after jitter, flip and random crop."""
+    _check(config)
+    a, size = config.augment, (config.image_size,) * 2
+    kind, scaled = a.get("interpolation", "bicubic"), a.get("scaled_decoding", False)
+    draws = {key: tuple(a[key]) for key in ("color_jitter", "scale", "ratio")} | {"flip": a.flip}
+
+    def picture(record, rng):
+        opened = _opened(record)
+        view = augment.draw_view(rng, opened.size, **draws)
+        if scaled:
+            view = view.shrunk(opened.shrink(view.shrinkage(size)))
+        return augment.show(opened.rgb(), view, size, kind)
+
+    return picture
+
+
+def train_image(config):
+    """record, rng -> uint8 [S, S, 3] as training sees it: jitter, flip, random resized crop."""
+    picture = _train_picture(config)
+    return lambda record, rng: np.asarray(picture(record, rng))
 
 
 def labelled_ops(config):
     """record, rng -> {image, label, erase int32 [4]} for fine-tuning: crop, flip, RandAugment, and
     the box that `objectives/mixing.py` erases on the device."""
-    check(config)
-    a, fill = config.augment, tuple(round(255 * mean) for mean in config.image_mean)
+    picture, a, size = _train_picture(config), config.augment, (config.image_size,) * 2
+    count, layers, erase = config.num_classes, a.rand_layers, a.erase
+    options = {"magnitude": a.rand_magnitude, "std": a.rand_std, "layers": layers}
+    options["fill"] = tuple(round(255 * mean) for mean in config.image_mean)
 
     def ops(record, rng):
-        label = labels.target(record, config.num_classes)
-        image = train_image(config, record, rng)
-        if a.rand_layers:
-            image = randaugment.rand_augment(
-                image, rng, a.rand_magnitude, a.rand_std, a.rand_layers, fill=fill
-            )
-        erase = randaugment.erasing_box(rng, image.shape[:2], a.erase)
-        return {"image": image, "label": label, "erase": erase}
+        label = labels.target(record, count)
+        image = picture(record, rng)
+        if layers:
+            image = randaugment.rand_augment(image, rng, **options)
+        box = randaugment.erasing_box(rng, size, erase)
+        return {"image": np.asarray(image), "label": label, "erase": box}
 
     return ops
 
 
-def _eval_image(config, image):
+def _eval_image(config):
+    """opened image -> uint8 [S, S, 3] as evaluation sees it."""
     a, side = config.augment, config.image_size
-    kind = a.get("interpolation", "bicubic")
-    if a.get("squash", False):  # all of it, whatever its shape, as BEiT-3 sees pairs
-        whole = max(a.get("squash_to", 0), side)  # ALIGN cuts out the centre then
-        return augment.center_crop(augment.resize(image, (whole, whole), kind), side)
-    return augment.center_view(image, side, a.crop_ratio, kind)
+    kind, squash = a.get("interpolation", "bicubic"), a.get("squash", False)
+    whole = max(a.get("squash_to", 0), side)  # ALIGN cuts out the centre then
+
+    def view(opened):
+        picture = opened.rgb()
+        if squash:  # all of it, whatever its shape, as BEiT-3 sees pairs
+            picture = augment.resize(picture, (whole, whole), kind)
+            return np.asarray(augment.center_crop(picture, (side, side)))
+        return np.asarray(augment.center_view(picture, side, a.crop_ratio, kind))
+
+    return view
 
 
 def eval_ops(config):
     """record -> {image, label?, id?}: short side to size / crop_ratio, central crop."""
+    view = _eval_image(config)
 
     def ops(record):
         kept = {k: np.int32(record[k]) for k in ("label", "id") if k in record}
-        return {"image": _eval_image(config, _image(record))} | kept
+        return {"image": view(_opened(record))} | kept
 
     return ops
 
 
 def preprocess(config):
     """image=[...] (uint8 HWC arrays, PIL images or paths) -> {image: float32 [B, S, S, 3]}."""
+    view = _eval_image(config)
     mean, std = np.float32(config.image_mean), np.float32(config.image_std)
 
     def ops(image):
-        images = [_eval_image(config, augment.decode_image(x)) for x in image]
-        if not images:
+        seen = [view(images.open_image(x)) for x in image]
+        if not seen:
             raise UserError("preprocess got no image; pass image=[...]")
-        return {"image": (np.stack(images) / np.float32(255) - mean) / std}
+        return {"image": (np.stack(seen) / np.float32(255) - mean) / std}
 
     return ops
 

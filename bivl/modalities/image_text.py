@@ -155,13 +155,12 @@ def examples(config) -> dict:
 
 def pair_ops(config):
     """record, rng -> {image, tokens}, unmasked, for tuning on pairs."""
-    tokenizer = tokenizers.load(config.tokenizer)
-    image.check(config)
+    images, tokenizer = image.train_image(config), tokenizers.load(config.tokenizer)
 
     def ops(record, rng):
         ids = text.record_ids(tokenizer, record, config.pair.length)
         tokens = text.padded(ids, config.pair.length, tokenizer.pad)
-        return {"image": image.train_image(config, record, rng), "tokens": tokens}
+        return {"image": images(record, rng), "tokens": tokens}
 
     return ops
 

@@ -108,12 +108,8 @@ def spec(config) -> dict[str, jax.ShapeDtypeStruct]:
 
 def train_ops(config):
     """record, rng -> {image, tokens, inputs, text_mask}."""
-    image.check(config)
-    tokenizer, length, corrupt = (
-        tokenizers.load(config.tokenizer),
-        config.pair.length,
-        _corrupt(config),
-    )
+    images, tokenizer = image.train_image(config), tokenizers.load(config.tokenizer)
+    length, corrupt = config.pair.length, _corrupt(config)
 
     def ops(record, rng):
         ids = text.record_ids(tokenizer, record, length)
@@ -121,7 +117,7 @@ def train_ops(config):
         mask = np.zeros(length, bool)
         mask[: len(ids)] = chosen
         tokens, inputs = (text.padded(row, length, tokenizer.pad) for row in (ids, inputs))
-        found = {"image": image.train_image(config, record, rng)}
+        found = {"image": images(record, rng)}
         return found | {"tokens": tokens, "inputs": inputs, "text_mask": mask}
 
     return ops

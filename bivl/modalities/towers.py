@@ -74,11 +74,11 @@ def _tokens(config):
 
 def train_ops(config):
     """record, rng -> {image, tokens}."""
-    image.check(config)
-    tokens, images = _tokens(config), "image" in present(config)
+    images = image.train_image(config) if "image" in present(config) else None
+    tokens = _tokens(config)
 
     def ops(record, rng):
-        found = {"image": image.train_image(config, record, rng)} if images else {}
+        found = {"image": images(record, rng)} if images else {}
         return found | ({"tokens": tokens(record)} if tokens else {})
 
     return ops

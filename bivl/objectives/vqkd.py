@@ -210,8 +210,8 @@ def tell(teacher, held, images):
 
 def train_ops(config):
     """record, rng -> {image}."""
-    image.check(config)
-    return lambda record, rng: {"image": image.train_image(config, record, rng)}
+    seen = image.train_image(config)
+    return lambda record, rng: {"image": seen(record, rng)}
 
 
 def updater(config):

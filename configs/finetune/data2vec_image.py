@@ -75,12 +75,7 @@ def imagenet(c, scale: float) -> None:
     finetune.start(c, "classify")
     finetune.classifier(c, 1000, scale=scale)
     c.smoothing, c.evaluators = 0.1, ("accuracy",)
-    c.augment = {
-        "color_jitter": (0.0, 0.0, 0.0),
-        "flip": True,
-        "scale": (0.08, 1.0),
-        "ratio": (3 / 4, 4 / 3),
-        "crop_ratio": 0.875,
+    c.augment = common.augment() | {
         "rand_layers": 2,  # RandAugment rand-m9-mstd0.5-inc1
         "rand_magnitude": 9.0,
         "rand_std": 0.5,

@@ -67,11 +67,8 @@ def get_config(text=None):
     c.data = common.data(kind="tfds", name="pairs")
     c.eval_data.test.split = "validation"
     c.evaluators = ("retrieval",)
-    c.augment = {
-        "color_jitter": (0.0, 0.0, 0.0),  # brightness, contrast, saturation
-        "flip": True,
+    c.augment = common.augment() | {
         "scale": (0.65, 0.75),  # 289 of 346 pixels both ways is 0.7
-        "ratio": (3 / 4, 4 / 3),
         "interpolation": "bilinear",
         # Evaluation: all of an image is squashed to so many pixels, then the centre cut out.
         "squash": True,

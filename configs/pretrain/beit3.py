@@ -66,13 +66,8 @@ def get_config(text=None):
         "pairs": common.data(kind="tfds", name="pairs", weight=1),
     }
     c.eval_data.test.split = "validation"
-    c.augment = {
-        "color_jitter": (0.4, 0.4, 0.4),  # brightness, contrast, saturation
-        "flip": True,
-        "scale": (0.2, 1.0),
-        "ratio": (3 / 4, 4 / 3),
-        "crop_ratio": 1.0,  # evaluation: central crop over short side
-    }
+    jitter = (0.4, 0.4, 0.4)
+    c.augment = common.augment(color_jitter=jitter, scale=(0.2, 1.0), crop_ratio=1.0)
     c.tokenizer = {"kind": "xlmr", "path": ""}  # beit3.spm
     share = 75 / 196 if patch == 16 else 102 / 256
     c.mask_ratio, c.masking = share, {"kind": "block", "min_block": 16, "exact": True}

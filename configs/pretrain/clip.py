@@ -56,13 +56,7 @@ def get_config(text=None):
     c.data = common.data(kind="tfds", name="pairs")
     c.eval_data.test.split = "validation"
     c.evaluators = ("retrieval",)
-    c.augment = {
-        "color_jitter": (0.0, 0.0, 0.0),  # brightness, contrast, saturation
-        "flip": False,
-        "scale": (0.9, 1.0),
-        "ratio": (3 / 4, 4 / 3),
-        "crop_ratio": 1.0,  # evaluation: central crop over short side
-    }
+    c.augment = common.augment(flip=False, scale=(0.9, 1.0), crop_ratio=1.0)
     c.tokenizer = {"kind": "clip", "path": ""}
     c.pair = {"length": 77}  # at most model.text.rows
     c.contrast = {"width": space, "max_scale": 100.0}

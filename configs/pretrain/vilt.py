@@ -47,14 +47,8 @@ def get_config(text=None):
     c.image_size, c.image_mean, c.image_std = side, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
     c.data = common.data(kind="tfds", name="pairs")
     c.eval_data.test.split = "validation"
-    c.augment = {
-        "color_jitter": (0.0, 0.0, 0.0),  # brightness, contrast, saturation
-        "flip": False,
-        "scale": (0.9, 1.0),
-        "ratio": (3 / 4, 4 / 3),
-        "crop_ratio": 1.0,  # evaluation: central crop over short side
-        "squash": False,  # ... or all of an image, whatever its shape
-    }
+    c.augment = common.augment(flip=False, scale=(0.9, 1.0), crop_ratio=1.0)
+    c.augment.squash = False  # evaluation sees all of an image, whatever its shape
     c.tokenizer = {"kind": "wordpiece", "path": ""}
     words = {"kind": "words", "kept": 0.1, "randomized": 0.1}
     c.pair = {"length": length, "mask_ratio": 0.15, "masking": words}

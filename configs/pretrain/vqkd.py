@@ -58,13 +58,7 @@ def get_config(text=None):
     c.data = common.data(kind="tfds", name="imagenet2012")
     c.eval_data.test.split = "validation"
     c.evaluators = ("knn", "linear")
-    c.augment = {
-        "color_jitter": (0.0, 0.0, 0.0),  # brightness, contrast, saturation
-        "flip": True,
-        "scale": (0.08, 1.0),
-        "ratio": (3 / 4, 4 / 3),
-        "crop_ratio": 0.875,  # evaluation: central crop over short side
-    }
+    c.augment = common.augment()
     c.model = {
         "width": width,
         "depth": depth,

@@ -205,6 +205,17 @@ def test_a_resume_may_change(key, text):
     configs.check_resume(common.base(), config, "DIR")
 
 
+def test_a_resume_may_decode_at_another_scale():
+    saved, later, scaled = (
+        ConfigDict({"augment": {"flip": True} | more})
+        for more in ({}, {"scaled_decoding": False}, {"scaled_decoding": True})
+    )
+    configs.check_resume(saved, later, "DIR")  # of before there was the key
+    configs.check_resume(later, scaled, "DIR")
+    with pytest.raises(UserError, match="config.augment.flip is False"):
+        configs.check_resume(saved, ConfigDict({"augment": {"flip": False}}), "DIR")
+
+
 @pytest.mark.parametrize(("key", "text"), REFUSED)
 def test_a_resume_may_not_change(key, text):
     config = common.base()

@@ -1,12 +1,9 @@
-import io
-import struct
-import zlib
+import dataclasses
 
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from bivl.core.errors import Undecodable
 from bivl.data import augment
 
 
@@ -17,153 +14,21 @@ def picture(height=40, width=60, seed=0):
     return (127 + 100 * np.stack(waves, -1)).astype(np.uint8)
 
 
-def encode(image, form, **options):
-    file = io.BytesIO()
-    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    image.save(file, form, **options)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize(
-    "form, options, error",
-    [
-        ("PNG", {}, 0),
-        ("BMP", {}, 0),
-        ("TIFF", {}, 0),
-        ("WEBP", {"lossless": True}, 0),
-        ("WEBP", {"quality": 90}, 25),
-        ("JPEG", {"quality": 95}, 25),
-    ],
-)
-def test_decodes_every_format(form, options, error):
-    image = picture()
-    decoded = augment.decode_image(encode(image, form, **options))
-    assert decoded.shape == image.shape and decoded.dtype == np.uint8
-    assert np.abs(decoded.astype(int) - image).max() <= error
-
-
-def test_accepts_arrays_paths_and_pil_images(tmp_path):
-    image = picture()
-    path = tmp_path / "a.png"
-    path.write_bytes(encode(image, "PNG"))
-    for value in (image, path, str(path), Image.fromarray(image), memoryview(path.read_bytes())):
-        np.testing.assert_array_equal(augment.decode_image(value), image)
-
-
-def test_grey_palette_and_two_tone():
-    grey = picture()[..., 0]
-    for value in (grey, grey[..., None], encode(grey, "PNG")):
-        np.testing.assert_array_equal(augment.decode_image(value), np.stack([grey] * 3, -1))
-    palette = Image.fromarray(picture()).quantize(64)
-    expected = np.array(palette.convert("RGB"))
-    np.testing.assert_array_equal(augment.decode_image(encode(palette, "PNG")), expected)
-    tones = Image.fromarray(grey).convert("1")
-    np.testing.assert_array_equal(
-        augment.decode_image(encode(tones, "PNG"))[..., 0], np.array(tones) * np.uint8(255)
+def on_arrays(change):
+    """`change` of a picture, from array to array."""
+    return lambda image, *args, **options: np.array(
+        change(Image.fromarray(image), *args, **options)
     )
 
 
-def test_alpha_is_composited_on_white():
-    rgba = np.dstack([picture(), np.full((40, 60), 255, np.uint8)])
-    rgba[:20, :, 3] = 0
-    rgba[20:30, :, 3] = 51  # one fifth
-    for value in (rgba, encode(rgba, "PNG"), encode(rgba, "WEBP", lossless=True, exact=True)):
-        decoded = augment.decode_image(value)
-        assert (decoded[:20] == 255).all()
-        blend = rgba[20:30, :, :3] * 0.2 + 255 * 0.8
-        assert np.abs(decoded[20:30] - blend).max() <= 1
-        np.testing.assert_array_equal(decoded[30:], rgba[30:, :, :3])
-    grey_alpha = np.dstack([np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint8)])
-    assert (augment.decode_image(encode(grey_alpha, "PNG")) == 255).all()
-
-
-def test_a_transparent_palette_entry_becomes_white():
-    palette = Image.new("P", (4, 4), 0)
-    palette.putpalette([10, 20, 30, 200, 100, 50])
-    palette.putpixel((0, 0), 1)
-    decoded = augment.decode_image(encode(palette, "PNG", transparency=0))
-    assert decoded[0, 0].tolist() == [200, 100, 50]
-    assert decoded[3, 3].tolist() == [255, 255, 255]
-
-
-@pytest.mark.parametrize("form", ["PNG", "TIFF"])
-def test_sixteen_bit_grey_is_scaled(form):
-    values = np.array([[0, 128, 129, 257], [1000, 32768, 65279, 65535]], np.uint16)
-    expected = np.round(values / 257)
-    np.testing.assert_array_equal(augment.decode_image(encode(values, form))[..., 0], expected)
-    np.testing.assert_array_equal(augment.decode_image(values)[..., 1], expected)
-
-
-def test_cmyk_jpeg():
-    cmyk = Image.fromarray(picture()).convert("CMYK")
-    decoded = augment.decode_image(encode(cmyk, "JPEG", quality=95))
-    assert np.abs(decoded.astype(int) - np.array(cmyk.convert("RGB"))).max() <= 25
-
-
-def test_first_frame_of_an_animation():
-    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
-    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert (augment.decode_image(data) == [255, 0, 0]).all()
-
-
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation(form, orientation):
-    image = picture()
-    upright = {
-        1: image,
-        2: image[:, ::-1],
-        3: image[::-1, ::-1],
-        4: image[::-1],
-        5: image.swapaxes(0, 1),
-        6: np.rot90(image, -1),
-        7: image[::-1, ::-1].swapaxes(0, 1),
-        8: np.rot90(image),
-    }[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    decoded = augment.decode_image(encode(image, form, exif=exif))
-    assert decoded.shape == upright.shape
-    assert np.abs(decoded.astype(int) - upright).mean() < 4
-
-
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_truncated_files_raise(form):
-    data = encode(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8), form)
-    with pytest.raises(Undecodable):
-        augment.decode_image(data[: len(data) // 2])
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        b"",
-        b"no image",
-        "missing.png",
-        None,
-        np.zeros((4, 4), np.float32),
-        np.zeros((4, 4, 5), np.uint8),
-        np.zeros((0, 4, 3), np.uint8),
-        np.zeros(4, np.uint8),
-        Image.new("F", (4, 4)),
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-    ],
+center_crop, center_view, resize_shorter, show = map(
+    on_arrays, (augment.center_crop, augment.center_view, augment.resize_shorter, augment.show)
 )
-def test_what_is_no_image_raises(value):
-    with pytest.raises(Undecodable):
-        augment.decode_image(value)
 
 
-def test_a_decompression_bomb_raises_before_it_is_decoded():
-    def chunk(kind, body):
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2**13, 2**13 + 1, 8, 2, 0, 0, 0))
-    data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    with pytest.raises(Undecodable, match="over the limit"):
-        augment.decode_image(data)
+def jittered(image, rng, *strengths, **options):
+    changes = augment.draw_jitter(rng, *strengths, **options)
+    return on_arrays(augment.change_colors)(image, changes)
 
 
 def test_crop_windows_follow_torchvision():
@@ -191,22 +56,59 @@ def test_crop_fallback_is_central(size, window):
     assert drawn == window
 
 
-def test_random_resized_crop_is_crop_then_bicubic():
+def test_a_view_is_a_window_then_bicubic():
     image = picture()
     top, left, h, w = augment.crop_window(np.random.default_rng(5), 40, 60)
     part = Image.fromarray(image).crop((left, top, left + w, top + h))
     expected = np.array(part.resize((24, 16), Image.Resampling.BICUBIC))
-    out = augment.random_resized_crop(image, np.random.default_rng(5), (16, 24))
-    np.testing.assert_array_equal(out, expected)
-    assert augment.random_resized_crop(image, np.random.default_rng(5), 20).shape == (20, 20, 3)
+    view = augment.draw_view(np.random.default_rng(5), (40, 60))
+    np.testing.assert_array_equal(show(image, view, (16, 24)), expected)
 
 
-def test_horizontal_flip():
-    image, rng = picture(), np.random.default_rng(0)
-    np.testing.assert_array_equal(augment.horizontal_flip(image, rng, 1.0), image[:, ::-1])
-    np.testing.assert_array_equal(augment.horizontal_flip(image, rng, 0.0), image)
-    flips = [not np.array_equal(augment.horizontal_flip(image, rng), image) for _ in range(400)]
-    assert 150 < sum(flips) < 250
+def test_the_window_of_a_mirrored_view_lies_in_the_mirror_image():
+    image, views = picture(), []
+    for seed in range(400):
+        views.append(augment.draw_view(np.random.default_rng(seed), (40, 60), flip=True))
+        rng = np.random.default_rng(seed)
+        seen = image[:, ::-1] if rng.random() < 0.5 else image
+        top, left, h, w = augment.crop_window(rng, 40, 60)
+        part = Image.fromarray(np.ascontiguousarray(seen[top : top + h, left : left + w]))
+        expected = np.array(part.resize((9, 9), Image.Resampling.BICUBIC))
+        np.testing.assert_array_equal(show(image, views[-1], (9, 9)), expected)
+    assert 150 < sum(view.mirrored for view in views) < 250
+    whole = augment.View((), True, (0, 0, 40, 60))
+    np.testing.assert_array_equal(show(image, whole, (40, 60)), image[:, ::-1])
+    whole = dataclasses.replace(whole, mirrored=False)
+    np.testing.assert_array_equal(show(image, whole, (40, 60)), image)
+
+
+def test_a_view_changes_colours_before_it_cuts():
+    image = picture()
+    view = augment.draw_view(np.random.default_rng(4), (40, 60), (0.4, 0.4, 0.4), flip=True)
+    rng = np.random.default_rng(4)
+    changed = jittered(image, rng, 0.4, 0.4, 0.4)
+    rest = augment.draw_view(rng, (40, 60), flip=True)
+    np.testing.assert_array_equal(show(image, view, (8, 8)), show(changed, rest, (8, 8)))
+    assert not np.array_equal(show(image, rest, (8, 8)), show(changed, rest, (8, 8)))
+
+
+def test_a_view_shrinks_no_further_than_the_size_wanted():
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        height, width, size = *rng.integers(9, 2000, 2), tuple(rng.integers(1, 300, 2))
+        view = augment.draw_view(rng, (int(height), int(width)))
+        factor = view.shrinkage(size)
+        _, _, h, w = view.window
+        assert factor in (1, 2, 4, 8)
+        assert factor == 8 or h // (2 * factor) < size[0] or w // (2 * factor) < size[1]
+        top, left, small_h, small_w = view.shrunk(factor).window
+        if factor > 1:
+            assert small_h >= size[0] and small_w >= size[1]
+        assert abs(top - view.window[0] / factor) <= 0.5 >= abs(left - view.window[1] / factor)
+        assert abs(small_h - h / factor) <= 1 >= abs(small_w - w / factor)
+        assert top + small_h <= -(-height // factor) and left + small_w <= -(-width // factor)
+    same = augment.View((), False, (3, 5, 7, 9))
+    assert same.shrinkage((7, 9)) == 1 and same.shrunk(1) == same
 
 
 ENHANCERS = {
@@ -219,7 +121,7 @@ ENHANCERS = {
 @pytest.mark.parametrize("name", ENHANCERS)
 def test_one_colour_property_is_its_enhancer(name):
     image = picture()
-    out = augment.color_jitter(image, np.random.default_rng(1), **{name: 0.4})
+    out = jittered(image, np.random.default_rng(1), **{name: 0.4})
     rng = np.random.default_rng(1)
     rng.permutation(4)
     strengths = [0.4 if key == name else 0.0 for key in ENHANCERS]
@@ -234,20 +136,20 @@ def test_one_colour_property_is_its_enhancer(name):
 def test_brightness_by_hand_and_its_range():
     image = np.full((2, 2, 3), 100, np.uint8)
     rng = np.random.default_rng(0)
-    values = [augment.color_jitter(image, rng, brightness=0.4)[0, 0, 0] for _ in range(500)]
+    values = [jittered(image, rng, brightness=0.4)[0, 0, 0] for _ in range(500)]
     assert 60 <= min(values) < 65 and 135 < max(values) <= 140
-    strong = [augment.color_jitter(image, rng, brightness=3.0)[0, 0, 0] for _ in range(200)]
+    strong = [jittered(image, rng, brightness=3.0)[0, 0, 0] for _ in range(200)]
     assert max(strong) == 255  # factors from 0, not from -2, to 4
     assert np.mean(np.array(strong) == 0) < 0.05
 
 
 def test_jitter_order_is_random_and_zero_is_identity():
     image = picture()
-    same = augment.color_jitter(image, np.random.default_rng(0))
+    same = jittered(image, np.random.default_rng(0))
     np.testing.assert_array_equal(same, image)
     orders = set()
     for seed in range(60):
-        out = augment.color_jitter(image, np.random.default_rng(seed), 0.4, 0.4, 0.4)
+        out = jittered(image, np.random.default_rng(seed), 0.4, 0.4, 0.4)
         rng = np.random.default_rng(seed)
         order = rng.permutation(4).tolist()
         factors = [rng.uniform(0.6, 1.4) for _ in range(3)]
@@ -262,11 +164,11 @@ def test_jitter_order_is_random_and_zero_is_identity():
 
 def test_hue_turns_the_colour_circle():
     red = np.zeros((2, 2, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
-    outs = [augment.color_jitter(red, np.random.default_rng(s), hue=0.5)[0, 0] for s in range(50)]
+    outs = [jittered(red, np.random.default_rng(s), hue=0.5)[0, 0] for s in range(50)]
     assert len({tuple(o) for o in outs}) > 30
     assert all(o.max() == 255 and o.min() <= 2 for o in outs)
     with pytest.raises(ValueError, match="hue"):
-        augment.color_jitter(red, np.random.default_rng(0), hue=0.6)
+        jittered(red, np.random.default_rng(0), hue=0.6)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +177,7 @@ def test_hue_turns_the_colour_circle():
 )
 def test_resize_shorter_rounds_down(shape, size, out):
     image = picture(*shape)
-    resized = augment.resize_shorter(image, size)
+    resized = resize_shorter(image, size)
     assert resized.shape[:2] == out
     expected = Image.fromarray(image).resize((out[1], out[0]), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(resized, np.array(expected))
@@ -284,19 +186,19 @@ def test_resize_shorter_rounds_down(shape, size, out):
 def test_center_crop_rounds_and_pads_as_torchvision():
     image = picture(21, 34)
     # (21 - 10) / 2 = 5.5 rounds to the even 6, (34 - 9) / 2 = 12.5 to 12.
-    np.testing.assert_array_equal(augment.center_crop(image, (10, 9)), image[6:16, 12:21])
-    padded = augment.center_crop(image, (24, 10))
+    np.testing.assert_array_equal(center_crop(image, (10, 9)), image[6:16, 12:21])
+    padded = center_crop(image, (24, 10))
     np.testing.assert_array_equal(padded[1:22], image[:, 12:22])
     assert not padded[0].any() and not padded[22:].any()
 
 
 def test_center_view():
     image = picture(300, 400)
-    expected = augment.center_crop(augment.resize_shorter(image, 256), 224)
-    np.testing.assert_array_equal(augment.center_view(image, 224), expected)
+    expected = center_crop(resize_shorter(image, 256), (224, 224))
+    np.testing.assert_array_equal(center_view(image, 224), expected)
     small = picture(64, 64)
-    np.testing.assert_array_equal(augment.center_view(small, 64), small)
-    whole = augment.center_view(image, 64, crop_ratio=1.0)
-    expected = augment.center_crop(augment.resize_shorter(image, 64), 64)
+    np.testing.assert_array_equal(center_view(small, 64), small)
+    whole = center_view(image, 64, crop_ratio=1.0)
+    expected = center_crop(resize_shorter(image, 64), (64, 64))
     np.testing.assert_array_equal(whole, expected)
-    assert augment.center_view(picture(8, 8), 32).shape == (32, 32, 3)
+    assert center_view(picture(8, 8), 32).shape == (32, 32, 3)

@@ -6,7 +6,7 @@ import pytest
 
 from bivl.core.errors import Undecodable, UserError
 from bivl.data import easy_vqa
-from bivl.data.augment import decode_image
+from bivl.data.images import decode_image
 from bivl.data.sources import open_source
 
 FIELDS = {"id": "id"}

@@ -8,7 +8,8 @@ from absl import logging
 from PIL import Image
 
 from bivl.core.errors import Undecodable, UserError
-from bivl.data.augment import decode_image, random_resized_crop
+from bivl.data import augment
+from bivl.data.images import decode_image, open_image
 from bivl.data.pipeline import eval_batches, train_batches
 from bivl.data.sources import open_source
 
@@ -32,7 +33,9 @@ class Records:
 
 def ops(record, rng):
     early = rng.random()  # drawn before the decoder may fail
-    image = random_resized_crop(decode_image(record["image"]), rng, 4)
+    opened = open_image(record["image"])
+    view = augment.draw_view(rng, opened.size)
+    image = np.array(augment.show(opened.rgb(), view, (4, 4)))
     draws = np.array([early, rng.random()], np.float32)
     return {"image": image, "id": np.int32(record["id"]), "draws": draws}
 

@@ -4,7 +4,7 @@ from PIL import Image
 
 from bivl.core.errors import UserError
 from bivl.data import randaugment
-from bivl.data.randaugment import OPERATIONS, erasing_box, rand_augment, strength
+from bivl.data.randaugment import OPERATIONS, erasing_box, strength
 
 OPTIONS = {"resample": Image.Resampling.BILINEAR, "fillcolor": (1, 2, 3)}
 
@@ -21,6 +21,10 @@ class Coin:
 
 def noise(height=24, width=40, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def rand_augment(image, rng, *args, **options):
+    return np.array(randaugment.rand_augment(Image.fromarray(image), rng, *args, **options))
 
 
 def apply(name, image, value):

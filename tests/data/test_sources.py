@@ -1,4 +1,3 @@
-import importlib
 import io
 import os
 import pickle
@@ -10,11 +9,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from bivl.core.errors import UserError
-from bivl.data.augment import Undecodable, decode_image
+from bivl.core.errors import Undecodable, UserError
+from bivl.data.images import decode_image
 from bivl.data.sources import open_source
-
-folder_module = importlib.import_module("bivl.data.folder")
 
 
 def png(value, height=4, width=5):
@@ -314,7 +311,7 @@ def test_folder_bounds_and_missing_files(images, monkeypatch):
     os.unlink(source.where(0))
     with pytest.raises(Undecodable, match="FileNotFoundError"):
         source[0]
-    monkeypatch.setattr(folder_module, "MAX_BYTES", 10)
+    monkeypatch.setattr("bivl.data.images.MAX_BYTES", 10)
     with pytest.raises(Undecodable, match="larger than 10"):
         source[1]
 
