@@ -19,7 +19,7 @@ million updates.
 
 TPU slices (launch/README.md has what they give):
     size=base    v5e:4x4
-    size=large   v5e:4x4  --config.optimizer.accumulate=2
+    size=large   v5e:4x4  --config.optimizer.accumulate=4
 """
 
 from configs import common

@@ -24,7 +24,7 @@ tau.
 
 TPU slices (launch/README.md has what they give):
     size=base    v5e:8x8
-    size=large   v5e:8x8  --config.optimizer.accumulate=2
+    size=large   v5e:8x8  --config.optimizer.accumulate=4
 """
 
 from configs import common

@@ -19,7 +19,7 @@ are squares and keep all of their patches. Masked are whole words where the toke
 (pair.masking); images of pairs that do not match come from the same batch.
 
 TPU slices (launch/README.md has what they give):
-    size=base    v5e:4x4  --config.optimizer.accumulate=2
+    size=base    v5e:8x8  --config.optimizer.accumulate=2
 """
 
 from configs import common
