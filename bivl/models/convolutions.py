@@ -24,31 +24,49 @@ def _by_xla(x, kernel, groups: int, stride: int, padding):
     )
 
 
-def _by_matmul(x, kernel, groups: int, stride: int, padding):
-    """The same, one matmul a group over shifted copies: XLA's grouped ones are slow on the CPU.
+def _groups_first(x, groups: int):
+    """[..., C] -> [groups, ..., C / groups]."""
+    return jnp.moveaxis(x.reshape(*x.shape[:-1], groups, -1), -2, 0)
 
-    Groups come first before anything is copied: what a matmul takes is then written but once.
+
+def _groups_last(x):
+    x = jnp.moveaxis(x, 0, -2)
+    return x.reshape(*x.shape[:-2], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _by_groups(x, kernel, groups: int, padding):
+    """The same with stride 1, group by group: XLA's grouped ones are slow on the CPU.
+
+    And so are gradients of kernels, which are products of the shifted input and the output's here.
     """
-    n, k, width = x.ndim - 2, kernel.shape[0], kernel.shape[-1]
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    B, *lengths, C = x.shape
-    sizes = [(length - k) // stride + 1 for length in lengths]
-    x = jnp.moveaxis(x.reshape(B, *lengths, groups, C // groups), -2, 0)
-    windows = [
-        x[
-            (
-                ...,
-                *(slice(o, o + (size - 1) * stride + 1, stride) for o, size in starts),
-                slice(None),
-            )
-        ]
-        for starts in (zip(offset, sizes, strict=True) for offset in np.ndindex(*[k] * n))
-    ]
-    columns = jnp.concatenate(windows, axis=-1).reshape(groups, -1, k**n * C // groups)
-    kernel = kernel.reshape(-1, C // groups, groups, width // groups)
-    kernel = jnp.moveaxis(kernel, 2, 0).reshape(groups, columns.shape[-1], -1)
-    y = jnp.matmul(columns, kernel)
-    return jnp.moveaxis(y, 0, 1).reshape(B, *sizes, width)
+    return _by_groups_fwd(x, kernel, groups, padding)[0]
+
+
+def _by_groups_fwd(x, kernel, groups, padding):
+    parts = _groups_first(x, groups), _groups_first(kernel, groups)
+    y = jax.lax.map(lambda part: _by_xla(*part, 1, 1, padding), parts)
+    return _groups_last(y), parts
+
+
+def _by_groups_bwd(groups, padding, parts, dy):
+    k, n = parts[1].shape[1], len(padding)
+    behind = [(k - 1 - before, k - 1 - after) for before, after in padding]
+
+    def one(part):
+        x, kernel, dy = part
+        mirrored = jnp.flip(kernel, range(n)).swapaxes(-1, -2)
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+        sizes = (x.shape[0], *dy.shape[1:-1], x.shape[-1])
+        windows = (jax.lax.dynamic_slice(x, (0, *at, 0), sizes) for at in np.ndindex(*[k] * n))
+        flat = dy.reshape(-1, dy.shape[-1])
+        products = [window.reshape(-1, x.shape[-1]).T @ flat for window in windows]
+        return _by_xla(dy, mirrored, 1, 1, behind), jnp.stack(products).reshape(kernel.shape)
+
+    return tuple(map(_groups_last, jax.lax.map(one, (*parts, _groups_first(dy, groups)))))
+
+
+_by_groups.defvjp(_by_groups_fwd, _by_groups_bwd)
 
 
 class Convolution(nn.Module):
@@ -75,10 +93,15 @@ class Convolution(nn.Module):
         axes = (*[None] * n, None, "embed")
         kernel = self.param("kernel", partitioned(self.kernel_init or init, axes), shape)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        padding = [(k // 2, k - 1 - k // 2) if self.same else (0, 0)] * n
-        options = {"groups": self.groups, "stride": self.stride, "padding": padding}
-        by_matmul, by_xla = (functools.partial(f, **options) for f in (_by_matmul, _by_xla))
-        on_cpu = by_matmul if self.groups > 1 else by_xla
+        padding = ((k // 2, k - 1 - k // 2) if self.same else (0, 0),) * n
+
+        def by_xla(x, kernel):
+            return _by_xla(x, kernel, self.groups, self.stride, padding)
+
+        def by_groups(x, kernel):
+            return _by_groups(x, kernel, self.groups, padding)
+
+        on_cpu = by_groups if self.groups > 1 and self.stride == 1 else by_xla
         y = jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=by_xla)
         if not self.use_bias:
             return y

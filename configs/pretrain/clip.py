@@ -22,7 +22,7 @@ for B/16 and L/14 are open_clip's and the paper's. Crops of 0.9 to 1 of an image
 CLIP cuts squares. Nothing decays that is a gain, a bias, the scale or the class token.
 
 TPU slices (launch/README.md has what they give):
-    size=small   v5e:4x4  --config.model.remat=full --config.model.text.remat=full
+    size=small   v5e:4x4  --config.dtype=bfloat16
     size=base    v5e:8x8
     size=large   v5p:4x4x4
 """

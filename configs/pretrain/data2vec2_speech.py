@@ -21,7 +21,7 @@ here.
 
 TPU slices (launch/README.md has what they give):
     size=base    v5e:4x4
-    size=large   v5e:8x8
+    size=large   v5e:8x8  --config.model.remat=full
 """
 
 from configs import common
