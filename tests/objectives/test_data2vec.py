@@ -186,7 +186,7 @@ def test_born_sharded_state_is_the_same_on_every_mesh(config):
     for sizes in ((1, 1, 1), (1, 8, 1), (2, 2, 2)):
         with config.unlocked():
             config.batch_size = 8
-            config.mesh = dict(zip(sharding.AXES, sizes, strict=True))
+            config.mesh.update(dict(zip(sharding.AXES, sizes, strict=True)))
         devices = jax.devices()[: int(np.prod(sizes))]
         program = train.build(config, devices)
         with sharding.use(program.mesh):
