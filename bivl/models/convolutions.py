@@ -36,9 +36,10 @@ def _groups_last(x):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _by_groups(x, kernel, groups: int, padding):
-    """The same with stride 1, group by group: XLA's grouped ones are slow on the CPU.
+    """The same with stride 1, one group after the other: XLA's grouped ones are slow on the CPU.
 
-    And so are gradients of kernels, which are products of the shifted input and the output's here.
+    So are its gradients of kernels, which are matmuls here: the input, shifted, by the output's
+    gradient.
     """
     return _by_groups_fwd(x, kernel, groups, padding)[0]
 
