@@ -42,6 +42,6 @@ def run(**settings):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_kept_and_the_environment_goes_first():
     changed, faults = run()
-    assert changed and faults < 1000
+    assert changed and faults < 50
     changed, faults = run(MALLOC_MMAP_THRESHOLD_="1000000")
-    assert not changed and faults > 10_000
+    assert not changed and faults > 50  # or 32,000, where pages are small
