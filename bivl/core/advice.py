@@ -69,12 +69,16 @@ def padded(matmuls: list[Matmul], lanes: int, worst: int = 3) -> list[str]:
 
 
 def attention(module: Module) -> list[str]:
-    """Softmax's scores that go through main memory: [.., queries, keys] for every head."""
+    """Softmax's scores that go through main memory: [.., queries, keys] for every head.
+
+    They are told by their `exp`; that of a sigmoid is called `logistic`.
+    """
     bodies = [module.computations[name] for name in module.runs | module.fused]
     scores = set()
     for body in bodies:
         for x in body.instructions:
-            if x.opcode == "exponential" and len(_sides(x.shapes[0].dims)) >= 4:
+            softmax = x.opcode == "exponential" and x.op_name.endswith("/exp")
+            if softmax and len(_sides(x.shapes[0].dims)) >= 4:
                 scores.add(_sides(x.shapes[0].dims))
     total, largest = 0.0, (0, ())
     for name, times in module.runs.items():

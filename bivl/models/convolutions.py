@@ -46,7 +46,7 @@ def _by_groups(x, kernel, groups: int, padding):
 
 def _by_groups_fwd(x, kernel, groups, padding):
     parts = _groups_first(x, groups), _groups_first(kernel, groups)
-    y = jax.lax.map(lambda part: _by_xla(*part, 1, 1, padding), parts)
+    y = jax.lax.map(lambda part: _by_xla(part[0], part[1], 1, 1, padding), parts)
     return _groups_last(y), parts
 
 

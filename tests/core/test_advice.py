@@ -32,10 +32,10 @@ def test_matmuls_that_fill_the_unit_badly():
     assert "BHQd,BHKd->BHQK [17, 32] x [32, 17] wastes 93%" in line
 
 
-def scores(space):
+def scores(space, name="softmax/exp"):
     return hlo.parse(f"""%soft (p: f32[8,12,512,512]) -> f32[8,12,512,512] {{
   %p = f32[8,12,512,512] parameter(0)
-  ROOT %e = f32[8,12,512,512] exponential(%p)
+  ROOT %e = f32[8,12,512,512] exponential(%p), metadata={{op_name="a/{name}"}}
 }}
 
 ENTRY %main (q: f32[8,12,512,64]) -> f32[8,12,512,512] {{
@@ -50,6 +50,7 @@ def test_scores_of_attention_in_main_memory():
     (line,) = advice.attention(scores(""))
     assert "0.2 GB of scores" in line and "[8, 12, 512, 512]" in line
     assert not advice.attention(scores(":S(1)"))
+    assert not advice.attention(scores("", "logistic"))
 
 
 def gather(dims, times):
