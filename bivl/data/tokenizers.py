@@ -15,7 +15,7 @@ import numpy as np
 
 from bivl.core.errors import UserError
 from bivl.data.table import refuse_name, setting
-from bivl.data.vocabulary import clip, layouts, wordpiece
+from bivl.data.vocabulary import clip, layouts, pieces, wordpiece
 
 MAX_BYTES = 2**26  # of one file; the largest vocabularies in use take 20 MB
 _HERE = pathlib.Path(__file__).parent
@@ -188,7 +188,7 @@ def bpe_tokenizer(
     return Tokenizer("bpe", codec.to_str().encode(), size, *special)
 
 
-def _load_sentencepiece(path: pathlib.Path) -> Tokenizer:
+def _load_pieces(kind: str, make, path: pathlib.Path) -> Tokenizer:
     if path.is_dir():
         found = sorted(path.glob("*.model"))
         if len(found) != 1:
@@ -198,38 +198,12 @@ def _load_sentencepiece(path: pathlib.Path) -> Tokenizer:
         path = found[0]
     data = _read(path)
     try:
-        model = _sentencepiece(data)
+        return Tokenizer(kind, data, *make(data))
     except Exception as error:
         raise UserError(
-            f"tokenizer.path={path} is no SentencePiece model ({_line(error)}); copy it again"
+            f"tokenizer.path={path} is no SentencePiece model for kind={kind} ({_line(error)}); "
+            "name another file, or copy it again"
         ) from error
-    size = model.get_piece_size()
-    special = []
-    for own in (model.bos_id(), model.pad_id(), model.eos_id(), model.unk_id(), -1):
-        special.append(own if own >= 0 else size)
-        size += own < 0
-    return Tokenizer("sentencepiece", data, size, *special)
-
-
-def _load_xlmr(path: pathlib.Path) -> Tokenizer:
-    tokenizer = _load_sentencepiece(path)
-    model = _sentencepiece(tokenizer.data)
-    if (model.unk_id(), model.bos_id(), model.eos_id()) != (0, 1, 2):
-        raise UserError(
-            f"tokenizer.path={path}: its first pieces are not <unk>, <s>, </s>, which XLM-R's ids "
-            "need; use kind=sentencepiece"
-        )
-    pieces = model.get_piece_size()
-    return Tokenizer("xlmr", tokenizer.data, pieces + 2, 0, 1, 2, 3, pieces + 1)
-
-
-def _open_xlmr(data: bytes) -> tuple[Callable, Callable]:
-    encode, decode = _open_sentencepiece(data)
-
-    def encode_shifted(texts: list[str]) -> list[list[int]]:
-        return [[piece + 1 if piece else 3 for piece in row] for row in encode(texts)]
-
-    return encode_shifted, lambda ids: decode([i - 1 for i in ids])
 
 
 _FIRST = 4  # the id of byte 0, behind <s>, <pad>, </s>, <unk>; <mask> comes last
@@ -268,27 +242,6 @@ def _open_numbers(data: bytes) -> tuple[Callable, Callable]:
         )
 
     return refuse, refuse
-
-
-@functools.lru_cache(2)
-def _sentencepiece(data: bytes) -> Any:
-    import sentencepiece
-
-    model = sentencepiece.SentencePieceProcessor(model_proto=data)
-    if not 0 < model.get_piece_size() <= layouts.MAX_PIECES:
-        raise ValueError("no pieces, or too many")
-    return model
-
-
-def _open_sentencepiece(data: bytes) -> tuple[Callable, Callable]:
-    model = _sentencepiece(data)
-    pieces = model.get_piece_size()
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        # Threads are started for each call: 200 us, not worth it for a few texts.
-        return model.encode(texts, num_threads=1 if len(texts) < 64 else -1)
-
-    return encode, lambda ids: model.decode([i for i in ids if i < pieces])
 
 
 def _open_bpe(data: bytes) -> tuple[Callable, Callable]:
@@ -330,18 +283,18 @@ _OPEN = {
     "bpe": _open_bpe,
     "clip": clip.opened,
     "wordpiece": _open_bpe,
-    "sentencepiece": _open_sentencepiece,
-    "xlmr": _open_xlmr,
+    "sentencepiece": pieces.opened,
+    "xlmr": pieces.opened_xlmr,
     "bytes": _open_bytes,
     "ids": _open_numbers,
 }
 KINDS: dict[str, Callable[[pathlib.Path], Tokenizer]] = {
     "small": _load_bpe,
-    "small_xlmr": _load_xlmr,
+    "small_xlmr": functools.partial(_load_pieces, "xlmr", pieces.make_xlmr),
     "bpe": _load_bpe,
     "clip": functools.partial(_load_words, "clip", clip, "a CLIP"),
     "wordpiece": functools.partial(_load_words, "wordpiece", wordpiece, "a BERT"),
-    "sentencepiece": _load_sentencepiece,
-    "xlmr": _load_xlmr,
+    "sentencepiece": functools.partial(_load_pieces, "sentencepiece", pieces.make),
+    "xlmr": functools.partial(_load_pieces, "xlmr", pieces.make_xlmr),
     "bytes": _load_bytes,
 }
