@@ -54,7 +54,7 @@ def text_batches(objective, mesh, texts, size: int):
     for start in range(0, count, size):
         index = np.arange(start, start + size)
         chosen = np.minimum(index, count - 1)  # the last batch is filled up with the last text
-        local = {name: x[chosen[rows.start : rows.stop]] for name, x in whole.items()}
+        local = {name: x[chosen[rows]] for name, x in whole.items()}
         yield sharding.to_global(local, mesh, size) | {"id": index, "mask": index < count}
 
 

@@ -147,16 +147,15 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
         )
 
 
-def local_rows(batch_size: int, mesh: Mesh) -> range:
-    """Rows of the global batch that this process must load (all of them when it holds all)."""
+def local_rows(batch_size: int, mesh: Mesh) -> list[int]:
+    """Rows of the global batch that this process must load (all of them when it holds all).
+
+    Often they are several pieces: a mesh follows the torus, where the chips of one host are a
+    square and not a line.
+    """
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    bounds = [index[0].indices(batch_size)[:2] for index in indices.values()]
-    start, stop = min(b[0] for b in bounds), max(b[1] for b in bounds)
-    if len({b for b in bounds}) * (bounds[0][1] - bounds[0][0]) != stop - start:
-        raise UserError(
-            "this mesh gives one process separate pieces of the batch; reorder mesh sizes"
-        )
-    return range(start, stop)
+    pieces = {index[0].indices(batch_size) for index in indices.values()}
+    return [row for piece in sorted(pieces) for row in range(*piece)]
 
 
 def to_global(batch, mesh: Mesh, batch_size):
@@ -171,7 +170,8 @@ def to_global(batch, mesh: Mesh, batch_size):
     def leaf(x):
         def piece(index):
             start, stop, _ = index[0].indices(batch_size)
-            return x[start - rows.start : stop - rows.start]
+            first = rows.index(start)
+            return x[first : first + stop - start]
 
         return jax.make_array_from_callback((batch_size, *np.shape(x)[1:]), sharding, piece)
 

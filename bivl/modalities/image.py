@@ -20,6 +20,7 @@ from bivl.models.layers import (
     Vector,
     constrain_tokens,
     gather_kept,
+    spread,
     torch_uniform,
     truncated_normal,
     zeros,
@@ -250,14 +251,14 @@ class Embed(nn.Module):
         cls_token = Vector(shape, axes, token_init, name="cls_token")()
         if self.mask_token:
             token = Vector(shape, axes, token_init, name="mask_token")()
-            x = jnp.where(batch["mask"][..., None], token.astype(x.dtype), x) if masked else x
+            x = jnp.where(batch["mask"][..., None], spread(token, x), x) if masked else x
         if self.positions == "sincos":
             x = x + sincos_2d(self.grid, self.width).astype(x.dtype)
         elif self.positions == "learned":
             x = LearnedPositions(token_init, name="positions")(x)
         if masked and not self.mask_token:
             x = gather_kept(x, batch["keep"])
-        cls_token = jnp.broadcast_to(cls_token, (x.shape[0], 1, self.width)).astype(x.dtype)
+        cls_token = spread(cls_token, x[:, :1])
         x = constrain_tokens(jnp.concatenate([cls_token, x], axis=1))
         bias = None
         if self.positions in RELATIVE:

@@ -31,6 +31,7 @@ from bivl.models.layers import (
     Vector,
     constrain_tokens,
     gather_kept,
+    spread,
     torch_uniform,
     truncated_normal,
     zeros,
@@ -262,14 +263,13 @@ class Embed(nn.Module):
         cls_token = Vector(shape, axes, inits["special"], name="cls_token")()
         token = Vector(shape, axes, inits["special"], name="mask_token")()
         if masked and self.mask_token:
-            x = jnp.where(batch["mask"][..., None], token.astype(x.dtype), x)
+            x = jnp.where(batch["mask"][..., None], spread(token, x), x)
         rows = (x.shape[1] + 1 + OFFSET, self.width)
         at = Vector(rows, (None, "embed"), inits["positions"], name="image_positions")()
-        x = x + at[OFFSET + 1 :].astype(x.dtype)
+        x = x + spread(at[OFFSET + 1 :], x)
         if masked and not self.mask_token:
             x = gather_kept(x, batch["keep"])
-        first = (cls_token + at[OFFSET]).astype(x.dtype)
-        return jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, self.width)), x], axis=1)
+        return jnp.concatenate([spread(cls_token + at[OFFSET], x[:, :1]), x], axis=1)
 
     def _text(self, ids):
         inits = token_inits(self.init_rule, self.width, 1)
@@ -278,7 +278,8 @@ class Embed(nn.Module):
         )
         rows = (self.text_rows, self.width)
         at = Vector(rows, (None, "embed"), inits["positions"], name="text_positions")()
-        x = words(ids) + at[OFFSET : OFFSET + ids.shape[1]].astype(self.dtype)
+        x = words(ids)
+        x = x + spread(at[OFFSET : OFFSET + ids.shape[1]], x)
         padding = ids == self.pad
         return jnp.where(padding[..., None], 0, x), padding
 

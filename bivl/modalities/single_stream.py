@@ -27,6 +27,7 @@ from bivl.models.layers import (
     PatchEmbed,
     Vector,
     constrain_tokens,
+    spread,
 )
 from bivl.models.transformer import Tokens
 
@@ -195,21 +196,23 @@ class Embed(nn.Module):
             )
         padding = batch.get("padding", batch["tokens"] == self.pad)
         kinds = self.modality()
-        texts = self.drop(self._text(ids), deterministic) + kinds[TEXT].astype(self.dtype)
+        texts = self.drop(self._text(ids), deterministic)
+        texts = texts + spread(kinds[TEXT], texts)
         images = self.drop(self._image(batch["image"]), deterministic)
-        images = images + kinds[IMAGE].astype(self.dtype)
+        images = images + spread(kinds[IMAGE], images)
         x = jnp.concatenate([texts, images], axis=1)
         padding = jnp.pad(padding, ((0, 0), (0, images.shape[1])))
         return Tokens(constrain_tokens(x), special=1, padding=padding)
 
     def _text(self, ids):
+        x = self.words(ids)
         at = self.text_positions()[: ids.shape[1]] + self.segment()[0]
-        return self.text_norm(self.words(ids) + at.astype(self.dtype))
+        return self.text_norm(x + spread(at, x))
 
     def _image(self, images):
         x = self.patch(image.normalized(images, self.mean, self.std))
-        first = jnp.broadcast_to(self.cls_token().astype(x.dtype), (len(x), 1, self.width))
-        return jnp.concatenate([first, x], axis=1) + self.image_positions().astype(x.dtype)
+        x = jnp.concatenate([spread(self.cls_token(), x[:, :1]), x], axis=1)
+        return x + spread(self.image_positions(), x)
 
     def table(self):
         """The words' [V, D]."""

@@ -21,6 +21,7 @@ from bivl.models.layers import (
     Vector,
     constrain_tokens,
     gather_kept,
+    spread,
     torch_uniform,
 )
 from bivl.models.positions import Alibi
@@ -217,7 +218,7 @@ class Embed(nn.Module):
         if masked and self.clones:
             return self._kept(x, padding, batch)
         if masked:
-            fill = self.fill().astype(x.dtype) if self.mask_token else 0
+            fill = spread(self.fill(), x) if self.mask_token else 0
             x = jnp.where(batch["mask"][..., None], fill, x)
         if masked and "channels" in batch:
             x = jnp.where(batch["channels"][:, None], 0, x)

@@ -20,7 +20,14 @@ from bivl.core.errors import UserError
 from bivl.data import tokenizers
 from bivl.modalities import image, labels, text
 from bivl.models.attention import causal_bias
-from bivl.models.layers import Embedding, PatchEmbed, Vector, constrain_tokens, torch_uniform
+from bivl.models.layers import (
+    Embedding,
+    PatchEmbed,
+    Vector,
+    constrain_tokens,
+    spread,
+    torch_uniform,
+)
 from bivl.models.positions import LearnedPositions
 from bivl.models.towers import MODALITIES
 from bivl.models.transformer import Tokens
@@ -145,8 +152,8 @@ class ImageEmbed(nn.Module):
         options |= {"dtype": self.dtype, "name": "patch"}
         x = PatchEmbed(self.patch_size, self.width, **options)(images)
         normal, shape = nn.initializers.normal(self.width**-0.5), (1, 1, self.width)
-        first = Vector(shape, (None, None, "embed"), normal, name="cls_token")().astype(x.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, self.width)), x], axis=1)
+        first = Vector(shape, (None, None, "embed"), normal, name="cls_token")()
+        x = jnp.concatenate([spread(first, x[:, :1]), x], axis=1)
         x = LearnedPositions(normal, name="positions")(x)
         return Tokens(constrain_tokens(x), special=1)
 
@@ -186,7 +193,8 @@ class TextEmbed(nn.Module):
         words = Embedding(self.vocabulary, self.width, normal(0.02), self.dtype, name="words")
         shape = (self.rows, self.width)
         at = Vector(shape, (None, "embed"), normal(0.01), name="positions")()
-        x = words(ids) + at[: ids.shape[1]].astype(self.dtype)
+        x = words(ids)
+        x = x + spread(at[: ids.shape[1]], x)
         padding = batch.get("padding")
         if self.pool == "first":
             return Tokens(

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bivl.models import attention_kernels
-from bivl.models.layers import Init, LayerNorm, Projection, Vector, truncated_normal, zeros
+from bivl.models.layers import (
+    Init,
+    LayerNorm,
+    Projection,
+    Vector,
+    spread,
+    truncated_normal,
+    zeros,
+)
 
 BIASES = {"qkv": (True, True, True), "qv": (True, False, True), "none": (False, False, False)}
 
@@ -98,7 +106,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).transpose(2, 0, 3, 1, 4)  # [3, B, H, L, d]
         offsets = self.q_bias, self.k_bias, self.v_bias
         return tuple(
-            x if b is None else x + b()[:, None, :].astype(x.dtype)
+            x if b is None else x + spread(b()[:, None, :], x)
             for x, b in zip(qkv, offsets, strict=True)
         )
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from bivl.models.layers import Init, LayerNorm, gelu, partitioned, torch_uniform
+from bivl.models.layers import Init, LayerNorm, gelu, partitioned, spread, torch_uniform
 
 
 def _by_xla(x, kernel, groups: int, stride: int, padding):
@@ -106,7 +106,7 @@ class Convolution(nn.Module):
         y = jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=by_xla)
         if not self.use_bias:
             return y
-        return y + self.param("bias", partitioned(init, ("embed",)), (self.width,)).astype(y.dtype)
+        return y + spread(self.param("bias", partitioned(init, ("embed",)), (self.width,)), y)
 
 
 def normalize_channels(x, eps: float = 1e-5):

@@ -65,6 +65,15 @@ def constrain_tokens(x):
     return nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
 
 
+def spread(vector, like):
+    """A float32 parameter, broadcast to the shape of `like` and in its dtype.
+
+    In this order, as its gradient is then a sum in float32: a sum in bfloat16 of as many rows as a
+    batch has is off by several percent.
+    """
+    return jnp.broadcast_to(vector, like.shape).astype(like.dtype)
+
+
 def gather_kept(x, keep):
     """Tokens [B, L, D] at keep int [B, M, K] -> [B M, K, D], an example's M clones together."""
     B, M, K = keep.shape
@@ -95,7 +104,7 @@ class Projection(nn.Module):
             bias = self.param(
                 "bias", partitioned(self.bias_init, self.axes[num_inputs:]), self.outputs
             )
-            x = x + bias.astype(self.dtype)
+            x = x + spread(bias, x)
         return x
 
 
@@ -204,9 +213,14 @@ class PatchEmbed(nn.Module):
         return Projection((self.width,), axes, name="projection", **options)(x)
 
 
+@jax.checkpoint
 def gelu(x):
-    """Exact (erf) GELU."""
-    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+    """Exact (erf) GELU, in float32, as 1 + erf cancels (torchscale `feedforward_network.py`).
+
+    The backward pass computes erf again: cheaper than to keep it.
+    """
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 def quick_gelu(x):

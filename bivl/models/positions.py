@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from bivl.models.layers import Vector, ones, truncated_normal, zeros
+from bivl.models.layers import Vector, ones, spread, truncated_normal, zeros
 
 
 def relative_index(grid: tuple[int, int], special: bool = True) -> np.ndarray:
@@ -91,7 +91,7 @@ class LearnedPositions(nn.Module):
     @nn.compact
     def __call__(self, x):
         table = Vector(x.shape[-2:], (None, "embed"), self.init, name="table")()
-        return x + table.astype(x.dtype)
+        return x + spread(table, x)
 
 
 def resize_grid(table: jax.Array, old: tuple[int, int], new: tuple[int, int]) -> jax.Array:

@@ -19,6 +19,7 @@ from bivl.models.layers import (
     Vector,
     constrain_tokens,
     drop_path,
+    spread,
     torch_kernel,
     truncated_normal,
     xavier_uniform,
@@ -143,7 +144,7 @@ class Block(nn.Module):
         post = c.norm == "post"
 
         def scaled(y, name):
-            return y * getattr(self, name)().astype(y.dtype) if c.layer_scale else y
+            return y * spread(getattr(self, name)(), y) if c.layer_scale else y
 
         def dropped(y):
             y = self.drop(y, deterministic)

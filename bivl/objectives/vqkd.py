@@ -21,6 +21,7 @@ from bivl.models.layers import (
     Projection,
     Vector,
     constrain_tokens,
+    spread,
     torch_uniform,
 )
 from bivl.models.positions import LearnedPositions
@@ -48,8 +49,7 @@ class Embed(nn.Module):
         options = {"kernel_init": init, "bias_init": init, "dtype": self.dtype, "name": "patch"}
         x = PatchEmbed(self.patch_size, self.width, **options)(maps)
         axes, shape = (None, None, "embed"), (1, 1, self.width)
-        cls_token = Vector(shape, axes, NORMAL, name="cls_token")().astype(x.dtype)
-        cls_token = jnp.broadcast_to(cls_token, (len(x), 1, self.width))
+        cls_token = spread(Vector(shape, axes, NORMAL, name="cls_token")(), x[:, :1])
         x = LearnedPositions(NORMAL, name="positions")(jnp.concatenate([cls_token, x], axis=1))
         return Tokens(constrain_tokens(x), special=1)
 

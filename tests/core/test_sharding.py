@@ -138,7 +138,7 @@ def test_divisible_batches_pass():
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (4, 2, 1), (2, 1, 4)])
 def test_one_process_loads_every_row(sizes):
-    assert sharding.local_rows(16, mesh(*sizes)) == range(16)
+    assert sharding.local_rows(16, mesh(*sizes)) == list(range(16))
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
