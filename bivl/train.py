@@ -47,7 +47,7 @@ class Program:
     sizes: Any
     """Rows of the global batch, in a mixture of each part."""
     counted: Any
-    """The step with XLA's attention, of which FLOPs are counted: kernels do not show theirs."""
+    """The step of which FLOPs are counted, see `countable`."""
 
     def example_batch(self):
         """The global batch as ShapeDtypeStructs with shardings."""
@@ -61,7 +61,7 @@ class Program:
         return self.step.lower(self.abstract, self.example_batch(), np.int32(1)).compile()
 
     def flops(self) -> float:
-        """Matmul and convolution FLOPs of one update (recomputation by remat included)."""
+        """Matmul and convolution FLOPs of one update, what remat computes again left out."""
         return flops.count(self.counted, self.abstract, self.example_batch(), np.int32(1))
 
 
@@ -88,18 +88,20 @@ def build(config, devices=None) -> Program:
         return steps.compile_step(objective, tx, schedule, abstract, **options)
 
     step = counted = compile_step(objective)
-    if (plain := with_xla_attention(config)) != config:
+    if (plain := countable(config)) != config:
         counted = compile_step(model.make_objective(plain))
     return Program(objective, mesh, tx, abstract, step, sizes, counted)
 
 
-def with_xla_attention(config):
-    """A copy of a config whose encoders attend by XLA's operations alone."""
+def countable(config):
+    """A copy of a config whose step shows all FLOPs of the method and no others: its attention is
+    by XLA, as kernels hide theirs, and nothing is computed twice."""
     config = configs.from_dict(config.to_dict())
     tower: Any = config.get("model", ConfigDict())
     for encoder in (tower, tower.get("text", ConfigDict())):
-        if "attention" in encoder:
-            encoder.attention = "xla"
+        for name, plain in (("attention", "xla"), ("remat", "none")):
+            if name in encoder:
+                encoder[name] = plain
     return config
 
 

@@ -124,6 +124,7 @@ def forward(objective, model, models, batch, shown=lambda batch: batch, noise=(N
 
     def run(params, teacher, batch, noise):
         key, rngs = jax.random.key(0), {"dropout": jax.random.key(0)}
+        batch = objective.prepare(batch)
         with mock.patch.object(jax.random, "normal", lambda key, shape: noise):
             targets = objective.targets(params, teacher, {}, batch, key)
             loss, aux = objective.loss(params, {}, batch, targets, key)

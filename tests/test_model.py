@@ -219,6 +219,11 @@ def test_benchmark_reports_in_text_and_json(capsys):
     assert report["flops_per_step"] == program.flops()
 
 
+def test_what_remat_computes_again_does_not_count():
+    found = [train.build(runs.tiny({"model.remat": kind})).flops() for kind in ("none", "full")]
+    assert found[0] == found[1] > 0
+
+
 def test_benchmark_of_the_input_alone_and_a_profile(capsys, tmp_path):
     config = "--config=configs/pretrain/data2vec_image.py:smoke"
     flags = [config, "--steps=2", *(f"--config.{k}={v}" for k, v in runs.SMALL.items()), "--json"]

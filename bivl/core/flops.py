@@ -10,7 +10,8 @@ def count(function, *args) -> float:
     """Floating-point operations (2 per multiply-add) of all matmuls and convolutions of a call.
 
     Walks the jaxpr, multiplying a scan's body by its length; XLA's own figure counts it once.
-    Elementwise work is left out, as in the usual definition of MFU. `args` may be abstract.
+    Elementwise work is left out, as in the usual definition of MFU, and so is what multiplies the
+    zeros between the values of a strided convolution's gradient. `args` may be abstract.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -26,7 +27,8 @@ def _count(jaxpr) -> float:
             kernel = eqn.invars[1].aval.shape
             out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
             window = math.prod(kernel) // kernel[out_axis]
-            total += 2.0 * window * math.prod(eqn.outvars[0].aval.shape)
+            values = window * math.prod(eqn.outvars[0].aval.shape)
+            total += 2.0 * values / math.prod(eqn.params["lhs_dilation"])
         times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         branches = [_count(inner) for inner in _inner(eqn)]
         is_choice = eqn.primitive.name == "cond"

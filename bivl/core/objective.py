@@ -45,6 +45,9 @@ class Objective:
     """Raw inputs by modality name (image=[...], text=[...]) -> numpy batch for `predict`."""
     examples: Callable[[Any], Any] = lambda source: source
     """Source of records -> source of what `train_ops` takes; texts are packed into blocks here."""
+    prepare: Callable[[Batch], Batch] = lambda batch: batch
+    """The whole batch -> what `targets` and `loss` take, on the devices and before it is cut into
+    micro-batches: what rows have of each other is settled here."""
     totals: Callable[[Batch], dict] = lambda batch: {}
     """Batch -> scalars of the whole batch that `loss` and `update` are means over, where they are
     means over several things; micro-batches find them, divided by their number, in

@@ -28,23 +28,24 @@ class Place:
     slices: tuple[int, ...]
     """Number of the slice of each chip."""
 
-    def spread(self, group) -> tuple[int, int, int]:
-        """A group of chips -> (slices, chips in one of them, one-way rings that join those).
+    def spread(self, group) -> tuple[int, int, list[tuple[int, int]]]:
+        """A group of chips -> (slices, chips in one of them, (chips, one-way rings) of each
+        dimension of the torus that these span).
 
-        A dimension counts twice where it closes and the group spans it, once where not; a group of
-        chips that lie on one dimension without neighbours counts as if they had them.
+        There are two rings where the dimension closes and the group spans it, one where not; chips
+        that lie on one dimension without being neighbours count as if they were.
         """
         found = sorted({self.slices[i] for i in group})
         inside = [self.coords[i] for i in group if self.slices[i] == found[0]]
-        rings = 0
+        spanned = []
         sizes = zip(*inside, strict=True)
         for values, size, wraps in zip(
             sizes, self.topology.shape, self.topology.wraps, strict=False
         ):
             distinct = len(set(values))
             if distinct > 1:
-                rings += 2 if wraps and distinct == size else 1
-        return len(found), len(inside), max(rings, 1)
+                spanned.append((distinct, 2 if wraps and distinct == size else 1))
+        return len(found), len(inside), spanned or [(1, 1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,20 +78,22 @@ def exchange(collective: Collective, place: Place) -> tuple[float, float]:
 
     Rings (Thakur et al., "Optimization of Collective Communication Operations in MPICH", 2005):
     a gather or scatter of n bytes moves n (p - 1) / p through every link, a reduction to all twice
-    that, an exchange of all with all a quarter of a gather where messages go both ways round.
+    that. Of an exchange of all with all n k / 4 bytes cross the middle of a dimension of k chips
+    one way, half of them where it closes; the longest dimension takes longest.
     """
     chip, n = place.topology.chip, collective.bytes
     if collective.kind == "collective-permute":
         cross = any(place.slices[a] != place.slices[b] for a, b in collective.groups)
         return (0.0, n / chip.dcn) if cross else (n / chip.ici_link, 0.0)
     group = max(collective.groups, key=len)
-    slices, inside, rings = place.spread(group)
-    width = rings * chip.ici_link
+    slices, inside, spanned = place.spread(group)
+    width = sum(rings for _, rings in spanned) * chip.ici_link
     passes = 2 if collective.kind == "all-reduce" else 1
     ici = passes * n * (inside - 1) / inside / width
     dcn = passes * n / inside * (slices - 1) / slices / chip.dcn
     if "all-to-all" in collective.kind:
-        ici, dcn = ici * inside / 4 if inside > 4 else ici, dcn * inside
+        crossed = max(k / rings for k, rings in spanned) / 4 if inside > 1 else 0
+        ici, dcn = n * crossed / chip.ici_link, dcn * inside
     return ici, dcn
 
 

@@ -37,6 +37,7 @@ def _loss_and_grads(objective: Objective, state: State, batch, key, home):
 def _accumulated(objective: Objective, state: State, batch, key, accumulate: int, home=_same):
     """Weighted mean of gradients and metrics over micro-batches, as one scan; `home` puts
     gradients where their parameters are."""
+    batch = objective.prepare(batch)
     totals = objective.totals(batch)
     totals = {"totals": jax.tree.map(lambda x: x / accumulate, totals)} if totals else {}
     if accumulate == 1:

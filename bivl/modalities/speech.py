@@ -59,9 +59,12 @@ def mask_sampler(config):
     return masking.configured(_spans, config, frames)
 
 
-def _spans(ratio: float, frames: int, span: int, equal: bool, fill: str = "learned"):
-    """Spans over the valid frames; with `equal`, also a random order in which `device_ops` takes
-    the surplus away. `fill`: masked frames become a `learned` vector, or `zero`."""
+def _spans(ratio: float, frames: int, span: int, equal: int, fill: str = "learned"):
+    """Spans over the valid frames, and a random order in which `device_ops` takes the surplus away.
+
+    equal: rows at a time that mask equal shares of their frames, 0: none do. fill: masked frames
+    become a `learned` vector, or `zero`.
+    """
     choice("masking.fill", fill, ("learned", "zero"))
 
     def sample(rng, valid):
@@ -155,8 +158,9 @@ def preprocess(config):
 def device_ops(config):
     """batch -> batch with final masks, inside the compiled step.
 
-    Spans: every row keeps as large a share of its frames masked as the row with the smallest,
-    chosen by its random order. wav2vec 2.0 (`require_same_masks`) makes the counts equal, which is
+    Spans: every row keeps as large a share of its frames masked as the row with the smallest of
+    the `masking.equal` that stand together, chosen by its random order. wav2vec 2.0
+    (`require_same_masks`) does so among the crops of one GPU, and makes the counts equal, which is
     the same among rows of one length; a short, padded row would else unmask all the others.
     Clones: frames of padding are scored nowhere.
     """
@@ -165,7 +169,8 @@ def device_ops(config):
         if "order" not in batch:
             return batch
         mask, valid = batch["mask"], jnp.maximum(num_frames(config, batch["length"]), 1)
-        share = (mask.sum(1) / valid).min()
+        together = jnp.arange(len(mask)) // config.masking.equal
+        share = jax.ops.segment_min(mask.sum(1) / valid, together, len(mask))[together]
         count = jnp.maximum(jnp.round(share * valid).astype(jnp.int32), 1)
         rank = jnp.where(mask, batch["order"], mask.shape[1])
         limit = jnp.take_along_axis(jnp.sort(rank, axis=1), count[:, None] - 1, 1)

@@ -154,7 +154,6 @@ def make(config) -> Objective:
     B = config.batch_size
     extra = {k: jax.ShapeDtypeStruct((B, *shape), dtype) for k, (shape, dtype) in shapes.items()}
     spec = speech.spec(config) | extra
-    finish = speech.device_ops(config)
     encoder = EncoderConfig.of(config.model, config.dtype)
     embed = speech.make_embed(config, config.dtype)
     model = Recognizer(embed, encoder, letters.size, config.ctc_dropout)
@@ -165,7 +164,7 @@ def make(config) -> Objective:
 
     def loss(params, extras, batch, targets, key):
         rngs = {"dropout": key}
-        out, padding = model.apply({"params": params}, finish(batch), True, False, rngs=rngs)
+        out, padding = model.apply({"params": params}, batch, True, False, rngs=rngs)
         value = ctc_loss(out, padding, batch["transcript"]).mean()
         metrics = {"alignable": alignable(padding, batch["transcript"]).mean()}
         return value, {"weight": jnp.float32(len(batch["audio"])), "metrics": metrics}
@@ -179,4 +178,5 @@ def make(config) -> Objective:
 
     predict = encoding.predictions(encode, speech, config) | {"log_probs": log_probs}
     ops = train_ops(config, letters), eval_ops(config, letters), speech.preprocess(config)
-    return Objective(spec, init, no_targets, loss, no_update, predict, *ops)
+    prepare = speech.device_ops(config)
+    return Objective(spec, init, no_targets, loss, no_update, predict, *ops, prepare=prepare)

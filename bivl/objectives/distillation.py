@@ -169,7 +169,7 @@ def objective(config, build, loss, masked, untracked=()) -> Objective:
     check(config)
     modality = importlib.import_module(f"bivl.modalities.{config.modality}")
     spec = modality.spec(config)
-    finish, shown = (
+    prepare, shown = (
         getattr(modality, hook)(config) if hasattr(modality, hook) else lambda batch: batch
         for hook in ("device_ops", "teacher_input")
     )
@@ -194,17 +194,17 @@ def objective(config, build, loss, masked, untracked=()) -> Objective:
         return params, jax.tree.map(jnp.copy, tracked), {}
 
     def targets(params, teacher, extras, batch, key):
-        values, encoded = teach(ema.completed(teacher, params), shown(finish(batch)), key)
+        values, encoded = teach(ema.completed(teacher, params), shown(batch), key)
         return {"values": values, "metrics": stage_metrics(encoded, values)}
 
     def total(params, extras, batch, targets, key):
-        value, aux = loss(student, params, finish(batch), targets["values"], key)
+        value, aux = loss(student, params, batch, targets["values"], key)
         return value, aux | {"metrics": aux["metrics"] | targets["metrics"]}
 
     predict = encoding.predictions(encoder(student), modality, config)
     predict["targets"] = lambda params, extras, batch: own(params, batch)[0]
-    predict["masked"] = lambda params, extras, batch: masked(student, params, finish(batch))
+    predict["masked"] = lambda params, extras, batch: masked(student, params, prepare(batch))
     ops = modality.train_ops(config), modality.eval_ops(config), modality.preprocess(config)
     examples = modality.examples(config) if hasattr(modality, "examples") else lambda source: source
     update = teacher_update(config)
-    return Objective(spec, init, targets, total, update, predict, *ops, examples)
+    return Objective(spec, init, targets, total, update, predict, *ops, examples, prepare)

@@ -75,7 +75,7 @@ def get_config(text=None):
 
     c = encoder(chosen["version"], "smoke" if chosen["smoke"] else size)
     ctc(c, recipe)
-    c.masking = {"kind": "span", "span": 10, "equal": True}
+    c.masking = {"kind": "span", "span": 10, "equal": 16}
     c.masking.fill = "learned" if chosen["version"] == "1" else "zero"
     if chosen["smoke"] or size == "tiny":
         tiny(c)

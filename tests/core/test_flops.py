@@ -71,6 +71,21 @@ def test_gradient_of_a_dense_layer(differentiated, passes):
     assert flops.count(f, shape(4, 5), shape(8, 4)) == passes * ONE
 
 
+@pytest.mark.parametrize("stride", [1, 2, 5])
+def test_gradient_of_a_convolution(stride):
+    """Between the values of a strided one's gradient there are zeros, which do not count."""
+
+    def loss(x, w):
+        y = lax.conv_general_dilated(
+            x, w, (stride,), [(0, 0)], dimension_numbers=("NHC", "HIO", "NHC")
+        )
+        return jnp.square(y).sum()
+
+    args = shape(2, 1000, 3), shape(10, 3, 4)
+    found = flops.count(jax.value_and_grad(loss, (0, 1)), *args)
+    assert found == pytest.approx(3 * flops.count(loss, *args), rel=0.02)
+
+
 def test_two_layers():
     """The first layer's input gets no gradient: 3 + 2 passes."""
 

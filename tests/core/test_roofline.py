@@ -34,7 +34,10 @@ ROW, ALL = range(0, 16), range(0, 256)  # of v5e:16x16: one dimension that close
         ("all-gather", "v5e:4x4", range(0, 4), 1e9 * 3 / 4 / 50e9),  # does not close
         ("all-gather", "v5e:16x16", range(0, 8), 1e9 * 7 / 8 / 50e9),  # half of a ring
         ("all-gather", "v5p:4x4x4", range(0, 4), 1e9 * 3 / 4 / (2 * 100e9)),
-        ("all-to-all", "v5e:16x16", ROW, 1e9 * 15 / 4 / (2 * 50e9)),
+        ("all-to-all", "v5e:16x16", ROW, 1e9 * 16 / 8 / 50e9),
+        ("all-to-all", "v5e:16x16", ALL, 1e9 * 16 / 8 / 50e9),
+        ("all-to-all", "v5e:8x8", range(0, 64), 1e9 * 8 / 4 / 50e9),
+        ("all-to-all", "v5p:4x4x4", range(0, 64), 1e9 * 4 / 8 / 100e9),
     ],
 )
 def test_rings(kind, where, group, seconds):

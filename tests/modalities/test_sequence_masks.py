@@ -102,7 +102,7 @@ def test_spans_of_frames(frames):
 @pytest.mark.parametrize("rows", [2, 64])
 def test_equalised_spans_of_a_batch(rows):
     """Every row keeps as many frames as the fewest, some of its own, drawn afresh."""
-    config = load(SPEECH, audio__length=SAMPLES[499])
+    config = load(SPEECH, audio__length=SAMPLES[499], masking__equal=rows)
     sample, rng = speech.mask_sampler(config), np.random.default_rng(4)
     equalize, lines = jax.jit(speech.device_ops(config)), []
     for _ in range(100):
@@ -143,6 +143,14 @@ def test_a_short_row_does_not_unmask_the_long_ones():
     batch = {"mask": mask, "order": order, "length": length}
     assert list(speech.num_frames(config, length)) == [99, 33]
     assert list(speech.device_ops(config)(batch)["mask"].sum(1)) == [30, 10]
+
+
+def test_rows_are_equal_among_those_that_stand_together():
+    config = load(SPEECH, audio__length=SAMPLES[99], masking__equal=2)
+    mask = np.arange(99) < np.array([[40], [30], [20], [50], [10]])
+    order = np.tile(np.arange(99, dtype=np.int32), (5, 1))
+    batch = {"mask": mask, "order": order, "length": np.full(5, SAMPLES[99], np.int32)}
+    assert list(speech.device_ops(config)(batch)["mask"].sum(1)) == [30, 30, 20, 20, 10]
 
 
 def test_clones_score_no_padding():

@@ -11,6 +11,8 @@ from flax import linen as nn
 import closeness
 import sequences
 from bivl.core import flops
+from bivl.core import step as steps
+from bivl.core.state import State
 from bivl.modalities import speech
 from bivl.models.transformer import EncoderConfig
 from bivl.objectives import data2vec, distillation
@@ -113,13 +115,25 @@ def small_config(shared):
     return c
 
 
+def test_accumulation_changes_no_mask():
+    """Rows are compared before they are cut into micro-batches."""
+    o = objective()
+    state = State(jnp.int32(0), *sequences.models(NAME, o), {}, ())
+    given = batch() | {"order": jnp.tile(jnp.arange(FRAMES["padded"]), (2, 1))}
+    given["mask"] = jnp.arange(FRAMES["padded"]) < jnp.array([[8], [3]])
+    run = jax.jit(functools.partial(steps._accumulated, o), static_argnums=3)
+    one, two = (run(state, given, jax.random.key(0), n)[0] for n in (1, 2))
+    assert one["weight"] == two["weight"] < 8 + 3
+    np.testing.assert_allclose(one["metrics"]["loss"], two["metrics"]["loss"], rtol=1e-6)
+
+
 def operations(c):
     """What XLA counts in the compiled gradients of a step."""
     o = data2vec.make(c)
     params, teacher, _ = nn.unbox(jax.eval_shape(o.init, jax.random.key(0)))
 
     def run(params, teacher, batch):
-        key = jax.random.key(0)
+        key, batch = jax.random.key(0), o.prepare(batch)
         targets = jax.lax.stop_gradient(o.targets(params, teacher, {}, batch, key))
         return jax.grad(lambda params: o.loss(params, {}, batch, targets, key)[0])(params)
 

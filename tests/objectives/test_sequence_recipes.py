@@ -88,7 +88,7 @@ SOME = {  # what not every model has
         "optimizer.phases": (0.03, 0.9, 0.07),
         "optimizer.final_scale": 0.01,
         "masking.span": 10,
-        "masking.equal": True,
+        "masking.equal": 16,
         "model.alibi": False,
         "head.layers": 1,
         "head.init": "torch",
