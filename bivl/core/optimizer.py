@@ -82,19 +82,21 @@ def decay_mask(params, exclude: str):
 def layer_scales(params, decay: float, embed: bool = True):
     """Rate factors decay^(N + 1 - id) for a tree whose `blocks` leaves are stacked [N, ...].
 
-    id 0: everything under `embed` but a shared bias table; i + 1: block i; N + 1: the rest (norm,
-    head, bias table), as in BEiT's `optim_factory.py`. With `embed` False the embedding counts as
-    the rest, as in fairseq's `mae_image_classification.py`. A tree of arrays that broadcast.
+    id 0: everything under `embed` but bias tables; i + 1: block i, and its own bias table where
+    each has one; N + 1: the rest (norm, head, a shared bias table), as in BEiT's
+    `optim_factory.py`. With `embed` False the embedding counts as the rest, as in fairseq's
+    `mae_image_classification.py`. A tree of arrays that broadcast.
     """
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     depth = max((leaf.shape[0] for path, leaf in flat if "blocks" in _path(path)), default=0)
 
     def leaf(path, value):
         name = _path(path)
-        if "blocks" in name:
+        table = "relative_position" in name  # [rows, H] for all blocks; [N, rows, H], one each
+        if "blocks" in name or (table and value.ndim == 3):
             ids = jnp.arange(depth).reshape(-1, *[1] * (value.ndim - 1)) + 1
         else:
-            first = embed and name.startswith("embed/") and "relative_position" not in name
+            first = embed and name.startswith("embed/") and not table
             ids = 0 if first else depth + 1
         return jnp.float32(decay) ** (depth + 1 - ids)
 

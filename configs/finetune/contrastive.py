@@ -6,7 +6,11 @@
 Symmetric InfoNCE of images alone and texts alone (objectives/contrastive.py). The encoder, its
 sizes and the data of pairs are those of configs/pretrain/beit3.py, as bivl has them; the optimizer
 is the giant's (arXiv 2208.10442, appendix A): rate 3e-5, decay 0.95 a layer, drop path 0.3, batch
-16,384, no dropout. Official files, COCO 5k IR@1 / TR@1 at 384 px (beit3/README.md):
+16,384, no dropout. What it leaves open is as in the released fine-tuning code: the lowest rate
+1e-6, decay of the positions of texts, pairs flipped and cropped but not jittered, and evaluation
+that sees all of an image, squashed.
+
+Official files, COCO 5k IR@1 / TR@1 at 384 px (beit3/README.md):
 `beit3_base_patch16_384_coco_retrieval.pth` 61.4 / 79.1, `beit3_large_...` 63.4 / 82.1; Flickr30k:
 `beit3_base_patch16_384_f30k_retrieval.pth` 86.2 / 96.3, large 88.1 / 97.2; they were tuned from
 `beit3_{base,large}_itc_patch16_224.pth`. With `beit3.spm` beside FILE, and a prepared set of image,
@@ -47,4 +51,7 @@ def get_config(text=None):
     c.batch_size, c.steps, c.model.drop_path = 16_384, 6_500, 0.3
     c.optimizer.update({"learning_rate": 3e-5, "warmup_steps": 1_300, "beta2": 0.999})
     c.optimizer.update({"layer_decay": 0.95, "eps": 1e-8, "clip_norm": 0.0})
+    c.optimizer.end_learning_rate = 1e-6
+    c.optimizer.no_decay = "bias|scale|cls_token|norm|image_positions"
+    c.augment.update({"color_jitter": (0.0, 0.0, 0.0), "squash": True})
     return c

@@ -9,9 +9,9 @@ size=giant   1408 x 40, patch 14: 1M updates of 2,048 images, texts and pairs ea
              84.0, ImageNet 89.6, all fine-tuned. The released layout has 2.1 B parameters;
              --config.model.experts=shared --config.model.pair_layers=3 is the paper's, 1.9 B.
 size=large   1024 x 24, patch 16; released checkpoints: ImageNet 87.6, VQAv2 81.9, NLVR2 89.4.
-size=base    768 x 12, patch 16; ImageNet 85.4, VQAv2 77.7, NLVR2 84.4. Their numbers of updates and
-             learning rates are not published; these are Magneto's for such data (arXiv 2210.06423,
-             section 7: batch 12,288, 300,000 updates, rate 2e-3).
+size=base    768 x 12, patch 16; ImageNet 85.4, VQAv2 77.7, NLVR2 84.4. Batch, updates and rate of
+             these two are not published. Batch 12,288 and 300,000 updates are Magneto's for such
+             data (arXiv 2210.06423, section 7), and base's rate 2e-3; large has the giant's 1e-3.
 size=small   384 x 12, one GPU or TPU chip; no published score.
 size=tiny    128 x 4 on 48 px emoji, their keywords and `pydoc`, or scenes
              (data=scenes): minutes on two CPU cores.

@@ -3,11 +3,11 @@
     python -m bivl.train --config=configs/pretrain/data2vec_image.py --workdir=DIR \
         --config.data.dir=PREPARED_IMAGENET
 
-size=base    ImageNet-1k, 800 epochs at batch 2,048 (500,400 updates); published: 84.2 % top-1 after
+size=base    ImageNet-1k, 800 epochs at batch 2,048 (500,000 updates); published: 84.2 % top-1 after
              fine-tuning (data2vec paper, table 1). Published on 16 GPUs.
 size=large   stage 1 of 2: 800 epochs at batch 4,096; published after both stages: 86.6 %. Stage 2
              is the same command with --config.init=STAGE_1 --config.ema_decay_start=0.9999
-             --config.ema_decay_end=0.9999 --config.optimizer.warmup_steps=12520.
+             --config.ema_decay_end=0.9999 --config.optimizer.warmup_steps=12480.
 size=small   384 x 12 x 6, one GPU or TPU chip; no published score.
 size=tiny    128 x 4 x 4 on 64 px, two CPU cores; no published score.
 smoke        20 updates of `tiny` on synthetic images, under a minute on two CPU cores.

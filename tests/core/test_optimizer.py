@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
+from bivl.core import config as configs
 from bivl.core import optimizer
 from bivl.core.errors import UserError
+from bivl.objectives import classify
 from configs import common
 from golden import data2vec_vision as golden
 
@@ -158,6 +161,23 @@ def test_layer_decay_may_spare_the_embedding():
     usual = optimizer.layer_scales(params, 0.5)
     assert float(usual["embed"]["patch"]) == 1 / 16
     assert float(usual["embed"]["relative_position"]) == 1.0
+
+
+@pytest.mark.parametrize("positions", ["relative", "relative_layers"])
+def test_a_table_of_its_own_moves_with_its_block(positions):
+    """BEiT's layer ids: `blocks.i.attn.relative_position_bias_table` is of block i, the shared
+    `rel_pos_bias` of the rest."""
+    config = configs.load("configs/finetune/data2vec_image.py:smoke")
+    configs.override(config, [("model.positions", positions)])
+    params = nn.unbox(jax.eval_shape(classify.make(config).init, jax.random.key(0))[0])
+    for embed in (True, False):
+        scales = optimizer.layer_scales(params, 0.5, embed=embed)
+        found = scales["embed"]["relative_position"]["table"]["value"]
+        if positions == "relative":
+            assert found.shape == () and found == 1.0
+        else:
+            assert found.shape == (4, 1, 1)
+            np.testing.assert_allclose(found.ravel(), [1 / 16, 1 / 8, 1 / 4, 1 / 2])
 
 
 FROZEN = {"freeze": "^(embed|trunk)/", "freeze_steps": 3}

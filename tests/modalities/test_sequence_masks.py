@@ -70,9 +70,7 @@ def test_spans_of_text(size):
 @pytest.mark.parametrize("score", ["all", "masked"])
 def test_masks_of_bert(size, score):
     """Kept and random tokens are the recorded shares; `masked` scores only mask tokens."""
-    config = load(TEXT, mask_ratio=0.15)
-    with config.unlocked():
-        config.masking = {"kind": "bert", "kept": 0.1, "randomized": 0.1, "score": score}
+    config = load(f"{TEXT},masks=bert", masking__score=score)
     sample, rng, ids = text.mask_sampler(config), np.random.default_rng(2), np.arange(4, 516)
     lines = []
     for _ in range(1000):

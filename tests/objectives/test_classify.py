@@ -114,6 +114,12 @@ def abstract(config):
     return objective, params, batch
 
 
+def test_updates_of_data2vec2_are_those_of_its_files():
+    """`max_update` of fairseq's `mae_imagenet_clean.yaml`, `_large_clean` and `_huge_clean`."""
+    for size, steps in {"base": 250_200, "large": 125_200, "huge": 125_200}.items():
+        assert configs.load(f"configs/finetune/data2vec2_image.py:size={size}").steps == steps
+
+
 @pytest.mark.parametrize("spec", ["data2vec_image.py:smoke", "data2vec2_image.py:smoke"])
 def test_shapes_of_images(spec):
     objective, params, batch = abstract(load(spec, num_classes=7))

@@ -10,7 +10,7 @@ import pytest
 
 import image_texts
 from bivl.core import config as configs
-from bivl.core import ema
+from bivl.core import ema, optimizer
 from bivl.core.errors import UserError
 from bivl.model import make_objective
 from bivl.objectives import contrastive
@@ -168,6 +168,20 @@ def test_the_shipped_config_tunes_every_size():
         assert c.contrast.width == (512 if size == "tiny" else c.model.width)
         assert c.data.kind and c.objective == "contrastive"
     assert c.optimizer.layer_decay == 0.95 and c.model.drop_path == 0.3 and c.batch_size == 16_384
+
+
+def test_the_shipped_config_keeps_nothing_of_pretraining_but_the_encoder():
+    """beit3's fine-tuning code: `optim_factory.py`, `datasets.py`; tiny stays as it was tuned."""
+    c = configs.load("configs/finetune/contrastive.py:size=base")
+    assert (c.optimizer.end_learning_rate, c.optimizer.weight_decay) == (1e-6, 0.05)
+    assert (c.optimizer.beta2, c.optimizer.eps, c.optimizer.clip_norm) == (0.999, 1e-8, 0.0)
+    assert c.augment.color_jitter == (0.0, 0.0, 0.0) and c.augment.scale == (0.5, 1.0)
+    assert c.augment.flip and c.augment.squash
+    decayed = optimizer.decay_mask(trees()[0], c.optimizer.no_decay)["embed"]
+    assert decayed["text_positions"]["value"] and decayed["words"]["table"]
+    assert not decayed["image_positions"]["value"] and not decayed["cls_token"]["value"]
+    c = configs.load("configs/finetune/contrastive.py:size=tiny")
+    assert c.optimizer.end_learning_rate == 1e-5 and "squash" not in c.augment
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import sequences
 from bivl.core import config as configs
 from bivl.core import ema, optimizer
+from bivl.core.errors import UserError
 from bivl.modalities import speech, text
 from bivl.objectives import data2vec, data2vec2
 
@@ -151,6 +152,23 @@ def test_constants(column):
         wanted |= {"text.break_mode": "none"} if column[0] == "T" else {}
     wanted = {name: None if value is ROOT else value for name, value in wanted.items()}
     assert {name: flat[name] for name in wanted} == wanted
+
+
+def test_the_main_row_of_the_paper():
+    """masks=bert differs from what fairseq ships in nothing but the paper's own numbers."""
+    shipped = configs.flatten(load("text 1.0"))
+    flat = configs.flatten(configs.load("configs/pretrain/data2vec_text.py:size=base,masks=bert"))
+    changed = {name: value for name, value in flat.items() if shipped.get(name) != value}
+    masking = {"kind": "bert", "kept": 0.1, "randomized": 0.1, "score": "masked"}
+    assert changed == {f"masking.{key}": value for key, value in masking.items()} | {
+        "mask_ratio": 0.15,
+        "ema_anneal_steps": 100_000,
+        "optimizer.schedule": "tri_stage",
+    }
+    assert shipped.keys() - flat.keys() == {"masking.span"}
+    assert flat["optimizer.phases"] == (0.05, 0.8, 0.15)
+    with pytest.raises(UserError, match="masks=words is unknown; use one of"):
+        configs.load("configs/pretrain/data2vec_text.py:masks=words")
 
 
 @pytest.mark.parametrize("column", COLUMNS)

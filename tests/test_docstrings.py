@@ -1,0 +1,32 @@
+"""What the docstrings of configs say in numbers, against the configs."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from bivl.core import config as configs
+
+ROOT = Path(__file__).parents[1]
+PATHS = sorted((ROOT / "configs").glob("*/*.py"))
+DOCS = {str(p.relative_to(ROOT)): ast.get_docstring(ast.parse(p.read_text())) or "" for p in PATHS}
+UPDATES = re.compile(r"^size=(\w+) .*?(\d[\d,]+) updates", re.MULTILINE)
+STATED = [(path, *found) for path, text in DOCS.items() for found in UPDATES.findall(text)]
+
+
+@pytest.mark.parametrize(("path", "size", "count"), STATED)
+def test_numbers_of_updates(path, size, count):
+    assert configs.load(f"{path}:size={size}").steps == int(count.replace(",", ""))
+
+
+def test_numbers_of_updates_are_found():
+    assert len(STATED) > 10
+
+
+def test_warm_up_of_the_second_stage():
+    """40 epochs of data2vec 1.0's large model, where the first stage has 80."""
+    path = "configs/pretrain/data2vec_image.py"
+    stated = re.search(r"warmup_steps=(\d+)", DOCS[path])
+    first = configs.load(f"{path}:size=large").optimizer.warmup_steps
+    assert int(stated[1]) == first // 2
