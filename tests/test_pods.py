@@ -66,6 +66,15 @@ def log(self, step, *args, old=Loop.log):
 Loop.log = log
 """
 
+# As on a TPU slice, where a host's chips are a square of the torus and no line of the mesh.
+SCATTERED = """
+from bivl.core import sharding
+def arrange(shape, devices, old=sharding.arrange):
+    half = len(devices) // 2
+    return old(shape, [d for both in zip(devices[:half], devices[half:]) for d in both])
+sharding.arrange = arrange
+"""
+
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
@@ -146,6 +155,13 @@ def test_two_processes_train_as_one(pair, single):
         ours, others = ([line[name] for line in runs.lines(w)] for w in (pair, single))
         np.testing.assert_allclose(ours, others, rtol=CLOSE)
     assert runs.lines(pair, "evaluations") == runs.lines(single, "evaluations")
+
+
+def test_chips_of_one_process_need_not_be_neighbours(start, single, tmp_path):
+    args = arguments(tmp_path, PAIR)
+    finish_all(start_all(start, "train", args, codes=dict.fromkeys(range(2), SCATTERED)))
+    assert_close(tmp_path, single)
+    assert runs.lines(tmp_path, "evaluations") == runs.lines(single, "evaluations")
 
 
 def test_killed_terminated_and_resumed_in_two_four_and_one(start, pair, quick_compile, tmp_path):
