@@ -103,7 +103,7 @@ def make(config) -> Objective:
     ops = image_text.train_ops(config), image_text.eval_ops(config), image_text.preprocess(config)
     return Objective(
         setup.spec, init, targets, loss, update, predict, *ops, image_text.examples(config),
-        setup.totals, tokenizer.checkpoints if tokenizer else {},
+        totals=setup.totals, frozen=tokenizer.checkpoints if tokenizer else {},
     )  # fmt: skip
 
 

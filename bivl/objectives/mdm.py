@@ -62,6 +62,6 @@ def make(config) -> Objective:
         predict,
         *ops,
         image_text.examples(config),
-        setup.totals,
-        tokenizer.checkpoints if tokenizer else {},
+        totals=setup.totals,
+        frozen=tokenizer.checkpoints if tokenizer else {},
     )
