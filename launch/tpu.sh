@@ -249,9 +249,8 @@ setup() {
 }
 
 programs() { # RUNS or RESTS where that is so on all hosts; else neither
-  local answers
-  answers=$(on_hosts "bash bivl/launch/worker.sh running 2> /dev/null && echo RUNS || echo RESTS") ||
-    return 0
+  local answers ask="bash bivl/launch/worker.sh running 2> /dev/null && echo RUNS || echo RESTS"
+  answers=$(on_hosts "$ask") || return 0
   grep -xE "RUNS|RESTS" <<< "$answers" | sort -u | tr -d '\n'
 }
 
@@ -322,7 +321,7 @@ status() {
   local node
   if queued; then tpus queued-resources describe "$NAME" --format="yaml(name,state)" || true; fi
   for node in $(nodes); do echo "$node: $(node_state "$node")"; done
-  if [[ $(condition) == READY ]]; then on_hosts "cd bivl && bash launch/worker.sh status" || true; fi
+  [[ $(condition) != READY ]] || on_hosts "cd bivl && bash launch/worker.sh status" || true
 }
 
 main() {
