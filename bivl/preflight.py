@@ -2,9 +2,10 @@
 
 `python -m bivl.preflight [--config=FILE] [--workdir=DIR] [--devices=N] [--config.a.b=v]`
 
-One line a check, `ok: ...` or `wrong: what: cause; cure`; exit code 0 or 2. With a config it reads
-a record of its data on every host and lays its mesh; with a workdir it writes there and removes
-what it has written.
+One line a check, `ok: ...` or `wrong: what: cause; cure`; exit code 0 or 2, or 1 where a process
+does not come or a check does not end in time: another time it may. With a config it reads a record
+of its data on every host and lays its mesh; with a workdir it writes there and removes what it has
+written.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from bivl.core import cli, distributed, pod
-from bivl.core.errors import UserError
+from bivl.core.errors import Late, UserError
 from bivl.data import mixture
 
 FLAGS = {
@@ -39,9 +40,9 @@ def limited(what: str, seconds: float):
 
     def end():
         why = f"{what}: no end after {seconds:.0f} s on {distributed.name(distributed.process())}"
-        distributed.failed(why)
+        distributed.failed(why, 1)
         os.write(2, f"wrong: {why}; look into this host\n".encode())
-        os._exit(2)
+        os._exit(1)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
@@ -154,7 +155,7 @@ def check(config, args, workdir: Path | None) -> pod.Checks:
         own = report(config, workdir)
     try:
         distributed.start(args, seconds)
-    except UserError as error:
+    except (Late, UserError) as error:
         print(f"wrong: processes: {error}")
         raise
     with limited("devices", 2 * seconds):
@@ -183,10 +184,7 @@ def main(argv) -> None:
     if not 0 < args.seconds < 1e5:
         raise UserError(f"--seconds={args.seconds} must be a positive number of seconds")
     workdir = Path(args.workdir).expanduser().resolve() if args.workdir else None
-    try:
-        checks = check(config, args, workdir)
-    except distributed.Late as error:
-        raise UserError(f"{error}; look at that host, or give it more --seconds") from error
+    checks = check(config, args, workdir)
     wrong = {name.split(":")[0]: why for name, why in checks.items() if why}
     if jax.process_index() == 0:
         for name, why in checks.items():

@@ -9,10 +9,11 @@ launch/tpu.sh COMMAND [FLAGS] [-- PROGRAM ...]
 
   create   a TPU VM (with --slices=N or --queue: what `queue` does)
   queue    asks for N slices as a queued resource and waits until they are there
-  setup    copies this tree to every host, installs it, mounts the bucket; again after changes
+  setup    copies this tree to every host, installs it, mounts the bucket; again after changes: it
+           removes what it had copied, and nothing that was written there
   run      runs PROGRAM on every host and follows it, also again after the connection broke; after
            a preemption or a failure it recreates what is gone and runs the same PROGRAM, which
-           resumes
+           resumes; while gcloud gives no answer it waits
   logs     follows the log of one host (--worker, default 0)
   status   the state of the slices, and whether a program runs
   stop     ends the program as a preemption would: the state is saved
@@ -128,17 +129,37 @@ runtime() { # the system image; names are Google's, see docs/pods.md
   esac
 }
 
-node_state() { tpus tpu-vm describe "$1" --format='value(state)' 2> /dev/null || echo ABSENT; }
-
-queue_state() {
-  tpus queued-resources describe "$NAME" --format='value(state.state)' 2> /dev/null || echo ABSENT
+look() { # what `describe` says; ABSENT only if it says that, a laptop may be without connection
+  local errors
+  { errors=$(tpus "$@" 2>&1 >&3); } 3>&1 && return
+  if [[ $errors == *NOT_FOUND* ]]; then echo ABSENT && return; fi
+  echo "$errors" | tail -n 3 >&2
+  echo UNKNOWN
 }
 
-all_ready() {
-  local node
+node_state() { look tpu-vm describe "$1" --format='value(state)'; }
+
+queue_state() { look queued-resources describe "$NAME" --format='value(state.state)'; }
+
+condition() { # of all slices: READY, GONE, UNKNOWN, or COMING where time makes one of the others
+  local node found=READY
   for node in $(nodes); do
-    [[ $(node_state "$node") == READY ]] || return 1
+    case $(node_state "$node") in
+      READY) ;;
+      ABSENT | PREEMPTED | TERMINATED | STOPPED) found=GONE ;;
+      UNKNOWN) echo UNKNOWN && return ;;
+      *) [[ $found == GONE ]] || found=COMING ;;
+    esac
   done
+  if [[ $found != READY ]] && queued; then
+    case $(queue_state) in
+      ABSENT | ACTIVE) ;;
+      FAILED | SUSPENDED) found=GONE ;;
+      UNKNOWN) found=UNKNOWN ;;
+      *) found=COMING ;; # it waits in the queue, and would lose its place
+    esac
+  fi
+  echo "$found"
 }
 
 # The commands.
@@ -153,7 +174,8 @@ create_one() {
 create_queued() {
   local state which=(--node-id="$NAME")
   ((SLICES == 1)) || which=(--node-count="$SLICES" --node-prefix="$NAME")
-  if [[ $(queue_state) == ABSENT ]]; then
+  while state=$(queue_state) && [[ $state == UNKNOWN ]]; do sleep "$WAIT"; done
+  if [[ $state == ABSENT ]]; then
     say "queueing $NAME: $SLICES x $TYPE in $ZONE"
     tpus queued-resources create "$NAME" "${which[@]}" --accelerator-type="$TYPE" \
       --runtime-version="${RUNTIME:-$(runtime)}" ${SPOT:+--spot} ${RESERVED:+--reserved} \
@@ -184,6 +206,7 @@ delete() {
 recreate() { # whatever is left goes first: a slice that was taken away cannot be started again
   local state
   if queued; then state=$(queue_state); else state=$(node_state "$NAME"); fi
+  [[ $state != UNKNOWN ]] || fail "gcloud does not say what $NAME is; see above"
   [[ $state == ABSENT ]] || delete
   create
   setup
@@ -207,7 +230,7 @@ setup() {
   git rev-parse --show-toplevel > /dev/null 2>&1 || fail "this folder is no git checkout; clone bivl"
   archive=$(mktemp)
   say "copying this tree" # what git tracks or does not ignore, as it is now
-  git ls-files -z --cached --others --exclude-standard |
+  git ls-files -z --cached --others --exclude-standard -- . ":!run" ":!bucket" |
     while IFS= read -rd '' file; do [[ ! -e $file ]] || printf '%s\0' "$file"; done |
     tar czf "$archive" --null --files-from=-
   for node in $(nodes); do
@@ -215,29 +238,65 @@ setup() {
   done
   rm -f "$archive"
   say "installing"
-  on_hosts "mkdir -p bivl && cd bivl && find . -mindepth 1 -maxdepth 1 ! -name .venv ! -name run \
-    ! -name bucket -exec rm -rf {} + && tar xzf ../bivl.tar.gz && bash launch/worker.sh setup $BUCKET"
+  on_hosts "mkdir -p bivl/run && cd bivl || exit
+    if bash launch/worker.sh running 2> /dev/null; then
+      echo \"error: a program runs on \$(hostname); end it first: launch/tpu.sh stop\" >&2
+      exit 2
+    fi
+    if [[ -f run/tree ]]; then xargs -d '\n' rm -f -- < run/tree; fi &&
+    tar tzf ../bivl.tar.gz --quoting-style=literal > run/tree &&
+    tar xzf ../bivl.tar.gz && bash launch/worker.sh setup $BUCKET"
+}
+
+programs() { # RUNS or RESTS where that is so on all hosts; else neither
+  local answers ask="bash bivl/launch/worker.sh running 2> /dev/null && echo RUNS || echo RESTS"
+  answers=$(on_hosts "$ask") || return 0
+  grep -xE "RUNS|RESTS" <<< "$answers" | sort -u | tr -d '\n'
+}
+
+settle() { # waits until the slices are READY or GONE: sets `state`, and clears `installed`
+  while state=$(condition) && [[ $state != READY && $state != GONE ]]; do
+    say "$NAME is $state"
+    [[ $state == UNKNOWN ]] || installed= # it may come back without its disk or mounts
+    sleep "$WAIT"
+  done
+  [[ $state == READY ]] || installed=
+}
+
+again() { # makes what is gone, and what is there fit to run
+  if [[ $state == GONE ]]; then
+    [[ -n $TYPE ]] || fail "$NAME is not there; pass --type so that it can be created"
+    say "recreating $NAME (try $tries)"
+    # A process of its own: within `if` and `||` bash would go on after a command that failed.
+    if bash launch/tpu.sh recreate; then installed=1; fi
+  elif [[ -z $installed ]]; then
+    case $(programs) in
+      RUNS) installed=1 ;; # the tree under it stays as it is
+      RESTS) if bash launch/tpu.sh setup; then installed=1; fi ;;
+    esac
+  fi
 }
 
 run() {
-  local code command start tries=0 quick=0 installed=1
+  local code command start state tries=0 quick=0 installed=1
   ((${#program[@]})) || fail "there is nothing to run; put the program after --"
   [[ -n $RETRIES ]] || RETRIES=$([[ -n $SPOT$PREEMPTIBLE ]] && echo 1000 || echo 3)
   # Only the first host of the first slice shows its log: all others say the same.
   command="cd bivl && bash launch/worker.sh run -- $(printf '%q ' "${program[@]}") &&
     bash launch/worker.sh follow \$([[ %SLICE%\$(hostname) == 0*-w-0 ]] || echo quiet)"
   while true; do
-    if [[ -n $installed ]] && all_ready; then
+    settle
+    if [[ -n $installed ]]; then
       say "running: ${program[*]}"
       start=$SECONDS code=0
       on_hosts "$command" || code=$?
       ((code)) || { say "done" && return; }
       say "ended with code $code after $((SECONDS - start)) s"
-      if all_ready; then
+      if [[ $(condition) == READY ]]; then
         case $code in # 2: a mistake, 3: a guard, 130: `stop`. None gets better by itself.
           2 | 3 | 130) return "$code" ;;
           143 | 255) ;; # a notice of the host; a broken connection
-          *) quick=$((SECONDS - start < 300 ? quick + 1 : 0)) ;;
+          *) quick=$((SECONDS - start < 600 ? quick + 1 : 0)) ;; # the absent get 300
         esac
       fi
       ((quick < 3)) || { say "it failed at its start three times; see logs" && return "$code"; }
@@ -245,13 +304,8 @@ run() {
     ((tries < RETRIES)) || { say "no tries are left" && return 1; }
     tries=$((tries + 1))
     sleep "$WAIT"
-    all_ready || installed=
-    if [[ -z $installed ]]; then
-      [[ -n $TYPE ]] || fail "$NAME is not there; pass --type so that it can be created"
-      say "recreating $NAME (try $tries)"
-      # A process of its own: within `if` and `||` bash would go on after a command that failed.
-      if bash launch/tpu.sh "$(all_ready && echo setup || echo recreate)"; then installed=1; fi
-    fi
+    settle
+    again
   done
 }
 
@@ -267,7 +321,7 @@ status() {
   local node
   if queued; then tpus queued-resources describe "$NAME" --format="yaml(name,state)" || true; fi
   for node in $(nodes); do echo "$node: $(node_state "$node")"; done
-  if all_ready; then on_hosts "cd bivl && bash launch/worker.sh status" || true; fi
+  [[ $(condition) != READY ]] || on_hosts "cd bivl && bash launch/worker.sh status" || true
 }
 
 main() {

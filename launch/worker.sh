@@ -5,6 +5,7 @@
 #   follow [quiet]      shows its log until it ends, and ends with its code (130: it was stopped)
 #   stop                ends it as a preemption would: it saves
 #   status              one line
+#   running             whether a program runs: the exit code
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

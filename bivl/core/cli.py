@@ -12,7 +12,7 @@ import traceback
 
 from bivl.core import config as configs
 from bivl.core import distributed
-from bivl.core.errors import GuardStop, Terminated, UserError
+from bivl.core.errors import GuardStop, Late, Terminated, UserError
 
 log = logging.getLogger("bivl")
 
@@ -70,18 +70,21 @@ def show_logs() -> None:
 
 
 def run(main, argv=None) -> None:
-    """Runs `main(argv)` and exits: 0 done, 2 bad input, 3 guard, 143 SIGTERM, 1 anything else."""
+    """Runs `main(argv)` and exits: 0 done, 2 bad input, 3 guard, 143 SIGTERM, 1 anything else.
+
+    What starts runs again (docs/pods.md) does so after 1 and 143.
+    """
     argv = sys.argv[1:] if argv is None else argv
     show_logs()
-    codes = {UserError: 2, GuardStop: 3, Terminated: 143, KeyboardInterrupt: 130}
+    codes = {UserError: 2, Late: 1, GuardStop: 3, Terminated: 143, KeyboardInterrupt: 130}
     try:
         main(argv)
     except tuple(codes) as error:
         if "--debug" in argv:
             traceback.print_exc()
         line = " ".join(str(error).split()) or "interrupted"
-        line = f"error: {line}" if isinstance(error, UserError) else line
-        code = next(code for kind, code in codes.items() if isinstance(error, kind))
+        kind, code = next(item for item in codes.items() if isinstance(error, item[0]))
+        line = {UserError: "error: ", Late: "failed: "}.get(kind, "") + line
         _say_last(line)
         if not isinstance(error, (GuardStop, Terminated)):  # to which all come, late perhaps
             distributed.failed(line, code)
@@ -89,8 +92,7 @@ def run(main, argv=None) -> None:
     except Exception as error:
         traceback.print_exc()
         line = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if not isinstance(error, distributed.Late):  # which says itself who is to blame
-            distributed.failed(line, 1, ask=True)
+        distributed.failed(line, 1, ask=True)
         _say_last(f"failed: {line}")
         distributed.failed(line, 1)
         sys.exit(1)

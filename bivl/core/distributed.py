@@ -17,7 +17,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from bivl.core import relay, rollcall, watch
-from bivl.core.errors import UserError
+from bivl.core.errors import Late, UserError
 
 log = logging.getLogger("bivl")
 
@@ -38,10 +38,6 @@ _watch: watch.Watch | None = None
 _met = False
 
 
-class Late(Exception):
-    """A process did not come to where the others waited for it."""
-
-
 def limit(name: str, default: float) -> float:
     """Seconds that an environment variable sets."""
     text = os.environ.get(name, "")
@@ -54,33 +50,44 @@ def limit(name: str, default: float) -> float:
     return value
 
 
-def _tpu_hosts() -> list[str] | None:
-    """The hosts of this Cloud TPU slice, None where this is none; slow on TPU VMs alone."""
-    if "TPU_WORKER_HOSTNAMES" in os.environ or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
-        return os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")  # set by GKE
-    from jax._src.clusters import GceTpuCluster  # jax finds a slice by this, and has nothing public
+def _several_tpu_hosts() -> bool:
+    """Whether Cloud TPU has given this host others; slow on TPU VMs alone."""
+    slices = "MEGASCALE_COORDINATOR_ADDRESS"  # where there are several, of one host each perhaps
+    if "TPU_WORKER_HOSTNAMES" in os.environ or slices in os.environ:  # set by GKE
+        return slices in os.environ or "," in os.environ["TPU_WORKER_HOSTNAMES"]
+    # jax finds a slice by these, and has nothing public.
+    from jax._src.clusters import GceTpuCluster
+    from jax._src.clusters.cloud_tpu_cluster import get_tpu_env_value
 
     try:
-        here = GceTpuCluster.is_env_present()
-        return GceTpuCluster._get_worker_list_in_slice() if here else None
+        if not GceTpuCluster.is_env_present():
+            return False
+        return len(GceTpuCluster._get_worker_list_in_slice()) > 1 or bool(get_tpu_env_value(slices))
     except Exception:  # chips in a machine that no server tells about its slice, as in notebooks
-        return None
+        return False
 
 
-def _found() -> tuple | None:
-    """What jax finds by itself on Cloud TPU, GKE and SLURM: address, count, number, devices."""
+def _found(seconds: float) -> tuple | None:
+    """What jax finds by itself on Cloud TPU, GKE and SLURM: address, count, number, devices.
+
+    Late where process 0's host has no address within `seconds`.
+    """
     tasks = os.environ.get("SLURM_NTASKS", "1")
     slurm = tasks.isdecimal() and int(tasks) > 1
-    hosts = None if slurm else _tpu_hosts()
-    several = "MEGASCALE_COORDINATOR_ADDRESS" in os.environ or (hosts and len(hosts) > 1)
-    if not slurm and not several:
+    if not slurm and not _several_tpu_hosts():
         return None
     if not slurm:
         os.environ.setdefault("JAX_COORDINATOR_PORT", TPU_PORT)
     from jax._src.clusters import ClusterEnv
 
-    seconds = int(limit("BIVL_WAIT_SECONDS", 300))
-    found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, seconds)
+    detect = ClusterEnv.auto_detect_unset_distributed_params
+    try:
+        found = detect(None, None, None, None, None, int(seconds))
+    except RuntimeError as error:  # a pod has an address when it has a node
+        raise Late(
+            f"process 0 has no address within {seconds:.0f} s ({error}); "
+            "start the same command on every host at once"
+        ) from error
     if None in found[:3]:
         cure = "start it with srun" if slurm else "install jax[tpu] on every host"
         raise UserError(
@@ -114,12 +121,12 @@ def _given(args) -> tuple | None:
 def start(args, seconds: float | None = None) -> None:
     """Joins the other processes, if the flags or the environment name any.
 
-    UserError in all of them that names who did not come within `seconds` (BIVL_WAIT_SECONDS).
+    Late in all of them that names who did not come within `seconds` (BIVL_WAIT_SECONDS).
     """
     global _watch
     still, apart = limit("BIVL_STALL_SECONDS", 1800), limit("BIVL_WAIT_SECONDS", 300)
     seconds = apart if seconds is None else seconds
-    address, count, process, devices = _given(args) or _found() or (None, 1, 0, None)
+    address, count, process, devices = _given(args) or _found(seconds) or (None, 1, 0, None)
     if count > 1:
         if process:
             hosts, links = rollcall.answer(address, process, count, seconds)
@@ -205,7 +212,7 @@ def barrier(what: str, seconds: float | None = None) -> None:
         if not found:
             raise Late(f"{what}: {' '.join(text.split())[:300]}") from error
         late = ", ".join(name(int(number)) for number in found[1].split()[:8])
-        raise Late(f"{what}: {late} did not come within {seconds:.0f} s") from error
+        raise Late(f"{what}: {late} did not come within {seconds:.0f} s; look at it") from error
     tick()
 
 

@@ -5,6 +5,11 @@ class UserError(Exception):
     """Bad input (exit code 2). The message is one line that names the cause and the cure."""
 
 
+class Late(Exception):
+    """Another process did not come, or cannot be reached (exit code 1). It may yet: a slice that
+    was taken away comes back minutes after the others. The message is as a UserError's."""
+
+
 class GuardStop(Exception):
     """A guard stopped the run (exit code 3): non-finite loss, collapsed targets. State is saved."""
 

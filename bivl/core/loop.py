@@ -30,7 +30,8 @@ class Loop:
     """The loop's running parts, in the order of a step: save, evaluate, draw, update, read.
 
     The metrics of an update are read while the next one runs, but always before a stop, an
-    evaluation or a save, so that no checkpoint is ahead of its line in metrics.jsonl.
+    evaluation or a save, so that no checkpoint is ahead of its line in metrics.jsonl; and these
+    lines outlast a loss of the host as the checkpoint does.
     """
 
     def __init__(self, config, program, workdir: Path, checkpoints, state, evaluators, batches):
@@ -105,6 +106,7 @@ class Loop:
         for name in results.keys() - scalars.keys():
             self.writer.picture(step, name, results[name])
         self.writer.scalars(step, scalars, "evaluations")
+        self.writer.keep()
         log.info("evaluation at step %d: %s", step, metrics.summary(scalars))
 
     def stop_requested(self, step: int, term: cli.Termination) -> bool:
@@ -127,7 +129,7 @@ class Loop:
         if stop:
             raise Terminated
         if save:
-            self.checkpoints.save(done, self.state, c)
+            self.start_save(done)
         if evaluate:
             self.evaluate(done, term)
 
@@ -169,8 +171,14 @@ class Loop:
         if update and update.step <= step:  # not one that was refused
             self.pending = None
             self.record(update)
-        self.checkpoints.save(step, self.state, self.config, wait=True)
+        self.start_save(step, wait=True)
         return step
+
+    def start_save(self, step: int, wait: bool = False) -> None:
+        """Saves the state of `step`, after its line of metrics."""
+        if self.writer:
+            self.writer.keep()
+        self.checkpoints.save(step, self.state, self.config, wait=wait)
 
     def close(self) -> None:
         """Closes files."""

@@ -4,6 +4,9 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
+import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -11,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tensorboardX import summary as summaries
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
 log = logging.getLogger("bivl")
@@ -79,36 +82,73 @@ def save_picture(folder: Path, name: str, image: np.ndarray) -> None:
     Image.fromarray(image).save(path)
 
 
-class Events:
-    """TensorBoard events, written before the call returns.
+class Lines:
+    """A file that grows: what is written is the system's before the call returns, so that a kill
+    of the process loses nothing."""
 
-    tensorboardX's SummaryWriter would hand them to a thread that dies on a full disk and then
-    blocks the run for good; its file writer, used here, raises.
-    """
+    def __init__(self, path: Path):
+        self._path, self._new = path, False
+        self._file = open(path, "ab")  # noqa: SIM115
 
-    def __init__(self, workdir: Path, step: int):
-        self._file = EventsWriter(str(workdir / "events"))
-        if step:  # a resumed run: what earlier files have from here on does not count
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._write(step + 1, session_log=start)
-
-    def _write(self, step: int, **content) -> None:
-        self._file.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One event for each number."""
-        for name, value in values.items():
-            self._write(step, summary=summaries.scalar(name, value))
+    def write(self, data: bytes) -> None:
+        """Appends, and raises where the disk is full."""
+        self._new = True
+        self._file.write(data)
         self._file.flush()
 
-    def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """uint8 [H, W, 3]."""
-        self._write(step, summary=summaries.image(name, image, dataformats="HWC"))
-        self._file.flush()
+    def keep(self) -> None:
+        """A loss of the host loses nothing either.
+
+        In a bucket the file is there when it is closed: gcsfuse, from version 3 on, keeps what
+        fsync was asked for to itself.
+        """
+        if self._new:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file, self._new = open(self._path, "ab"), False  # noqa: SIM115
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+class Events:
+    """TensorBoard events.
+
+    tensorboardX's SummaryWriter would hand them to a thread that dies on a full disk and then
+    blocks the run for good, and its file writer waits for the disk at every line of numbers.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self.file = Lines(workdir / name)
+        self._write(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if step:  # a resumed run: what earlier files have from here on does not count
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write(self._event(step + 1, session_log=start))
+
+    def _event(self, step: int, **content) -> event_pb2.Event:
+        return event_pb2.Event(wall_time=time.time(), step=step, **content)
+
+    def _write(self, *events: event_pb2.Event) -> None:
+        """As TFRecords: each its length and its bytes, with a checksum of either."""
+        records = b""
+        for event in events:
+            data = event.SerializeToString()
+            length = struct.pack("<Q", len(data))
+            sums = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
+            records += length + next(sums) + data + next(sums)
+        self.file.write(records)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One event for each number."""
+        numbers = values.items()
+        self._write(*(self._event(step, summary=summaries.scalar(k, v)) for k, v in numbers))
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """uint8 [H, W, 3]."""
+        summary = summaries.image(name, image, dataformats="HWC")
+        self._write(self._event(step, summary=summary))
 
 
 class Writer:
@@ -119,8 +159,9 @@ class Writer:
         self._files = {}
         for name in ("metrics", "evaluations"):
             cut(workdir / f"{name}.jsonl", step)
-            self._files[name] = open(workdir / f"{name}.jsonl", "a", buffering=1)  # noqa: SIM115
+            self._files[name] = Lines(workdir / f"{name}.jsonl")
         self._events = Events(workdir, step)
+        self._files["events"] = self._events.file
         self._wandb = None
         if config.wandb:
             import wandb
@@ -133,7 +174,7 @@ class Writer:
         """One line of metrics.jsonl or evaluations.jsonl (non-finite numbers become null), and
         one event for each number."""
         finite = {k: v if np.isfinite(v) else None for k, v in values.items()}
-        self._files[file].write(json.dumps({"step": step} | finite) + "\n")
+        self._files[file].write(json.dumps({"step": step} | finite).encode() + b"\n")
         self._events.scalars(step, values)
         if self._wandb:
             self._wandb.log(values, step=step)
@@ -143,11 +184,16 @@ class Writer:
         save_picture(self.workdir, name, image)
         self._events.picture(step, name, image)
 
+    def keep(self) -> None:
+        """What is written so far outlasts the host, and is in the bucket."""
+        for file in self._files.values():
+            file.keep()
+
     def close(self) -> None:
         """Flushes everything."""
+        self.keep()
         for file in self._files.values():
             file.close()
-        self._events.close()
         if self._wandb:
             self._wandb.finish()
 

@@ -14,7 +14,7 @@ import selectors
 import socket
 import time
 
-from bivl.core.errors import UserError
+from bivl.core.errors import Late, UserError
 
 LONGEST = 1 << 20  # bytes of a line
 
@@ -87,8 +87,8 @@ def _greet(link: Link, message: dict, links: dict[int, Link], hosts: list) -> st
 def call(port: int, count: int, seconds: float, expected=()) -> tuple[list[str], dict[int, Link]]:
     """Process 0's side of the roll call: -> host names in order, the links to the others.
 
-    UserError, in every process that has come, naming those that did not come within `seconds`;
-    `expected` may name the hosts in order.
+    Late, in every process that has come, naming those that did not come within `seconds`;
+    `expected` may name the hosts in order. UserError, in all too, where they were started wrongly.
     """
     end, links, problem = time.monotonic() + seconds, {}, ""
     hosts: list = [socket.gethostname(), *[None] * (count - 1)]
@@ -117,7 +117,8 @@ def call(port: int, count: int, seconds: float, expected=()) -> tuple[list[str],
             elif key.data is not None and problem:
                 key.data.send(problem=problem)
     absent = [i for i, host in enumerate(hosts) if host is None]
-    if absent and not problem:
+    late = bool(absent) and not problem
+    if late:
         names = ", ".join(label(i, expected) for i in absent[:8])
         more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
         problem = (
@@ -126,14 +127,14 @@ def call(port: int, count: int, seconds: float, expected=()) -> tuple[list[str],
             "firewall pass that port"
         )
     for link in links.values():
-        link.send(**({"problem": problem} if problem else {"hosts": hosts}))
+        link.send(**({"problem": problem, "late": late} if problem else {"hosts": hosts}))
     if problem:
-        raise UserError(problem)
+        raise (Late if late else UserError)(problem)
     return hosts, links
 
 
 def answer(address: str, process: int, count: int, seconds: float):
-    """The others' side: -> host names in order, the link to process 0. UserError as for `call`."""
+    """The others' side: -> host names in order, the link to process 0. Errors as for `call`."""
     host, _, port = address.rpartition(":")
     end, why = time.monotonic() + seconds, "no answer"
     while (left := end - time.monotonic()) > 0:
@@ -149,14 +150,15 @@ def answer(address: str, process: int, count: int, seconds: float):
             found.settimeout(seconds + 10)  # process 0 may have come last
             reply = _reply(link)
             if reply and "problem" in reply:
-                raise UserError(str(reply["problem"])[:2000])
+                kind = Late if reply.get("late") is True else UserError
+                raise kind(str(reply["problem"])[:2000])
             if reply and isinstance(reply.get("hosts"), list) and len(reply["hosts"]) == count:
                 found.settimeout(10)
                 return [str(name) for name in reply["hosts"]], {0: link}
             why = "something else answers there, a run that is left over perhaps"
         found.close()
         time.sleep(0.3)
-    raise UserError(
+    raise Late(
         f"process {process} (host {socket.gethostname()}) cannot reach process 0 at {address} "
         f"within {seconds:.0f} s ({why}); start the same command there, and let the firewall pass "
         "that port"

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from bivl.core import cli
 from bivl.core import config as configs
-from bivl.core.errors import GuardStop, Terminated, UserError
+from bivl.core.errors import GuardStop, Late, Terminated, UserError
 
 
 @pytest.fixture
@@ -53,6 +53,11 @@ class Sub(UserError):
         (UserError("cause; cure"), 2, "error: cause; cure\n"),
         (UserError("two\nlines  of it"), 2, "error: two lines of it\n"),
         (Sub("a kind of it"), 2, "error: a kind of it\n"),
+        (
+            Late("process 1 did not come; look at it"),
+            1,
+            "failed: process 1 did not come; look at it\n",
+        ),
         (GuardStop("loss is nan"), 3, "loss is nan\n"),
         (Terminated("SIGTERM"), 143, "SIGTERM\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),

@@ -2,13 +2,18 @@
 
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import RecordWriter
 
-from bivl.core import metrics
+import runs
+from bivl import train
+from bivl.core import checkpoint, metrics
 
 QUIET = ConfigDict({"wandb": ""})
 
@@ -66,6 +71,75 @@ def test_writer_of_a_resumed_run_appends_after_cutting(tmp_path):
     writer.scalars(3, {"loss": 1.0})
     writer.close()
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 1.0}]
+
+
+def test_events_are_the_files_that_tensorboard_reads(tmp_path):
+    """Byte for byte what tensorboardX writes for the same events."""
+    events = metrics.Events(tmp_path, 3)
+    events.scalars(4, {"loss": 0.5, "a/b": 2.0})
+    events.picture(4, "pictures/masks", np.full((4, 6, 3), 7, np.uint8))
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("events.out.tfevents.")
+    data, found = path.read_bytes(), []
+    theirs = RecordWriter(str(tmp_path / "theirs"))
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        found.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+        theirs.write(data[12 : 12 + size])
+        data = data[16 + size :]
+    theirs.close()
+    assert path.read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert found[0].file_version == "brain.Event:2"
+    assert found[1].session_log.status == event_pb2.SessionLog.START
+    tags = [(event.step, value.tag) for event in found for value in event.summary.value]
+    assert tags == [(4, "loss"), (4, "a/b"), (4, "pictures/masks")]
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """Name -> what a bucket has of the files of a run: as they were when they were closed."""
+    kept = {}
+
+    class Held:
+        def __init__(self, path, mode):
+            self.path, self.file = Path(path), open(path, mode)  # noqa: SIM115
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def close(self):
+            self.file.close()
+            kept[self.path.name.split(".")[0]] = self.path.read_bytes()
+
+    monkeypatch.setattr(metrics, "open", Held, raising=False)
+    return kept
+
+
+def test_what_is_kept_is_in_the_bucket_and_no_line_is_waited_for(bucket, tmp_path):
+    writer = metrics.Writer(tmp_path, 0, QUIET)
+    writer.scalars(1, {"loss": 0.5})
+    assert not bucket
+    writer.keep()
+    assert bucket["metrics"] == b'{"step": 1, "loss": 0.5}\n' and b"loss" in bucket["events"]
+    assert "evaluations" not in bucket  # it has nothing new
+    writer.scalars(2, {"loss": 0.25})
+    assert bucket["metrics"].count(b"\n") == 1
+    writer.close()
+    assert bucket["metrics"].count(b"\n") == 2
+
+
+def test_no_checkpoint_is_ahead_of_its_line_in_the_bucket(bucket, tmp_path, monkeypatch):
+    saves, old = [], checkpoint.Checkpoints.save
+
+    def save(self, step, *args, **options):
+        saves.append((step, bucket.get("metrics", b"").count(b"\n")))
+        old(self, step, *args, **options)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
+    changes = {"steps": "3", "checkpoint.every": "1", "evaluate_every": "2", "evaluators": "knn"}
+    train.train(runs.tiny(runs.SHALLOW | changes), tmp_path)
+    assert [pair for pair in saves if pair[0] != pair[1]] == [] and len(saves) >= 3
+    assert bucket["evaluations"].count(b"\n") == 2
 
 
 def test_progress_prints_plain_lines_where_there_is_no_terminal(monkeypatch, caplog, capsys):

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from bivl.core import rollcall
-from bivl.core.errors import UserError
+from bivl.core.errors import Late, UserError
 
 
 @pytest.fixture
@@ -80,10 +80,16 @@ def test_a_wrong_start_is_named_in_all(port, others, named):
 
 
 def test_the_absent_are_named_with_the_hosts_that_are_known(port):
-    with pytest.raises(UserError, match=r"process 1 \(host b\), process 2 \(host c\) of 3 did not"):
+    with pytest.raises(Late, match=r"process 1 \(host b\), process 2 \(host c\) of 3 did not"):
         rollcall.call(port, 3, 0.01, ("a", "b", "c"))
-    with pytest.raises(UserError, match=r"process 1 .* cannot reach process 0 at 127.0.0.1"):
+    with pytest.raises(Late, match=r"process 1 .* cannot reach process 0 at 127.0.0.1"):
         rollcall.answer(f"127.0.0.1:{port}", 1, 3, 0.01)
+
+
+def test_those_who_came_are_late_too(port):
+    """An absent third is nobody's mistake."""
+    for error in meet(port, 3, [(1, 3)], seconds=3):
+        assert isinstance(error, Late) and "process 2 of 3 did not call" in str(error)
 
 
 def test_a_port_that_is_taken_is_named():

@@ -13,16 +13,24 @@ ROOT = Path(__file__).parents[2]
 GCLOUD = r"""
 cd "$CLOUD"
 echo "gcloud $*" >> calls
+if [[ -f offline ]]; then
+  echo "ERROR: gcloud crashed (ConnectionError): Max retries exceeded" >&2
+  exit 1
+fi
 shift 2
 group=$1 verb=$2 name=$3
 shift 3
 value() { for a in "$@"; do [[ $a != "$key"=* ]] || { echo "${a#*=}"; return; }; done; }
+absent() {
+  echo "ERROR: (gcloud.compute.tpus.$group.$verb) NOT_FOUND: Resource '$name' was not found." >&2
+  exit 1
+}
 hosts() { for i in 0 1; do mkdir -p "hosts/$1/$i"; echo "$i"; done; }
 case $group/$verb in
   tpu-vm/create)
     [[ ! -f refuse ]] || { rm refuse; echo "no capacity" >&2; exit 1; }
     echo READY > "state/$name"; hosts "$name" ;;
-  tpu-vm/describe) [[ -f state/$name ]] && cat "state/$name" ;;
+  tpu-vm/describe) [[ -f state/$name ]] || absent; cat "state/$name" ;;
   tpu-vm/delete) rm -r "state/$name" "hosts/$name" ;;
   queued-resources/create)
     key=--node-count count=$(value "$@") key=--node-prefix prefix=$(value "$@")
@@ -30,7 +38,7 @@ case $group/$verb in
     echo "${QUEUE_STATES:-WAITING_FOR_RESOURCES PROVISIONING ACTIVE}" > "queue-$name"
     if [[ $id ]]; then echo "$id"; else seq -f "$prefix-%g" 0 $((count - 1)); fi > "nodes-$name" ;;
   queued-resources/describe)
-    [[ -f queue-$name ]] || exit 1
+    [[ -f queue-$name ]] || absent
     read -r now rest < "queue-$name"
     [[ -z $rest ]] || echo "$rest" > "queue-$name"
     if [[ $now == ACTIVE ]]; then
@@ -45,6 +53,7 @@ case $group/$verb in
   tpu-vm/scp) for host in "hosts/${1%%:*}"/*; do cp "$name" "$host/${1#*:}"; done ;;
   tpu-vm/ssh)
     key=--command command=$(value "$@") key=--worker worker=$(value "$@") code=0 jobs=()
+    echo $$ > "connection-$name"
     for host in "hosts/$name"/*; do
       [[ $worker == all || $worker == "${host##*/}" ]] || continue
       (cd "$host" && HOME=$PWD HOST="$name-w-${host##*/}" bash -c "$command") &
@@ -73,7 +82,7 @@ class Cloud:
     """A folder that plays a cloud, and scripts that run against it."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.tree = folder, ROOT
         for name in ("bin", "venv/bin", "state", "hosts", "notices"):
             (folder / name).mkdir(parents=True)
         for name, text in STUBS.items():
@@ -102,7 +111,7 @@ class Cloud:
 
     def start(self, script: str, *arguments: str, **env: str) -> subprocess.Popen:
         """Starts a script of launch/."""
-        command = ["bash", str(ROOT / "launch" / script), *arguments]
+        command = ["bash", str(self.tree / "launch" / script), *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.PIPE}
         return subprocess.Popen(command, env=self.env | env, text=True, **pipes)
 

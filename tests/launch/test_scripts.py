@@ -138,5 +138,8 @@ def test_the_manifest_fits_together(manifest):
         env["JAX_COORDINATOR_PORT"] == distributed.TPU_PORT and int(distributed.TPU_PORT) in ports
     )
     (script,) = container["args"]
+    assert (
+        env["BIVL_WAIT_SECONDS"] == "900" and "--seconds=900" in script
+    )  # a slice comes back late
     assert "exec python -m bivl.train" in script  # so that SIGTERM reaches Python
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0

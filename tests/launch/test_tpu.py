@@ -1,7 +1,9 @@
 """launch/tpu.sh and launch/worker.sh from end to end, against a stand-in for gcloud."""
 
+import os
 import shutil
 import signal
+import subprocess
 import time
 
 import pytest
@@ -134,15 +136,32 @@ def test_a_run_from_nothing_to_its_end(cloud):
     assert out.count("ended with code 0: log of") == 4 and "pod-1: READY" in out
 
 
-def test_setup_replaces_the_tree_and_keeps_what_ran(cloud):
+def test_setup_replaces_the_tree_and_keeps_what_was_written(cloud, tmp_path):
+    """A small tree of its own, that changes between the two."""
+    root, cloud.tree = cloud.tree, tmp_path / "tree"
+    shutil.copytree(root / "launch", cloud.tree / "launch")
+    for name in ("requirements.txt", "pyproject.toml", ".gitignore"):
+        shutil.copy(root / name, cloud.tree)
+    subprocess.run(["git", "init", "--quiet"], cwd=cloud.tree, check=True)
+    for name in ("old.py", "a folder/old $HOME.py", "bucket/mounted", "run/log"):
+        (cloud.tree / name).parent.mkdir(exist_ok=True)
+        (cloud.tree / name).write_text("laptop")
     cloud.run("tpu.sh", "create", *POD)
-    tree = cloud.folder / "hosts/pod/0/bivl"
-    for name in ("old.py", "run/log", "bucket/data", ".venv/x"):
-        (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        (tree / name).write_text("")
     cloud.run("tpu.sh", "setup", *POD)
-    assert not (tree / "old.py").exists()
-    assert all((tree / name).exists() for name in ("run/log", "bucket/data", ".venv/x"))
+    there = cloud.folder / "hosts/pod/0/bivl"
+    assert (there / "old.py").exists() and (there / "a folder/old $HOME.py").exists()
+    assert not (there / "bucket").exists() and not (there / "run/log").exists()
+    written = ["runs/first/checkpoints/500", "data/a", "launch/x", "run/log", "bucket/a", ".venv/x"]
+    for name in written:
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_text("")
+    for name in ("old.py", "a folder/old $HOME.py"):
+        (cloud.tree / name).unlink()
+    (cloud.tree / "new.py").write_text("")
+    cloud.run("tpu.sh", "setup", *POD)
+    assert (there / "new.py").exists()
+    assert not (there / "old.py").exists() and not (there / "a folder/old $HOME.py").exists()
+    assert all((there / name).exists() for name in written)
 
 
 def ready(cloud, text):
@@ -251,3 +270,84 @@ def test_a_program_outlives_the_connection_and_is_followed_again(cloud):
     out, _ = again.communicate(timeout=120)
     assert again.returncode == 0 and "== done" in out
     assert len(lines(cloud, "begun")) == 2
+
+
+GOES_ON = 'echo . >> "$CLOUD/begun"; until [ -f "$CLOUD/go" ]; do sleep 0.1; done'
+
+
+def test_a_connection_that_breaks_costs_nothing(cloud):
+    """A laptop sleeps: gcloud answers nothing, and the slice and its program are as they were."""
+    program = ready(cloud, GOES_ON)
+    known = len(cloud.calls("hostname pod"))
+    process = cloud.start("tpu.sh", "run", *POD, "--spot", "--", program)
+    wait_for(process, lambda: len(cloud.calls("hostname pod")) == known + 2)
+    asked, copied = len(cloud.calls("describe")), len(cloud.calls(" scp "))
+    (cloud.folder / "offline").touch()
+    os.kill(int((cloud.folder / "connection-pod").read_text()), signal.SIGKILL)
+    wait_for(process, lambda: len(cloud.calls("describe")) > asked + 4)
+    _, err = cloud.run("tpu.sh", "recreate", *POD, code=2)
+    assert "gcloud does not say what pod is" in err
+    (cloud.folder / "offline").unlink()
+    wait_for(process, lambda: len(cloud.calls("hostname pod")) == known + 4)
+    (cloud.folder / "go").touch()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "pod is UNKNOWN" in out and "== done" in out
+    assert "ConnectionError" in err and len(lines(cloud, "begun")) == 2
+    assert len(cloud.calls(" create pod")) == 1 and not cloud.calls(" delete pod")
+    assert len(cloud.calls(" scp ")) == copied
+
+
+def test_setup_leaves_the_tree_of_a_program_that_runs(cloud):
+    program = ready(cloud, GOES_ON)
+    process = cloud.start("tpu.sh", "run", *POD, "--", program)
+    wait_for(process, lambda: len(lines(cloud, "begun")) == 2)
+    written = cloud.folder / "hosts/pod/0/bivl/README.md"
+    written.write_text("as it was")
+    _, err = cloud.run("tpu.sh", "setup", *POD, code=2)
+    assert "error: a program runs on pod-w-0; end it first" in err
+    assert written.read_text() == "as it was"
+    (cloud.folder / "go").touch()
+    process.communicate(timeout=120)
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_slice_that_is_repaired_is_waited_for(cloud, runs):
+    """It is set up again, as its disk may be new; but not under a program that still runs."""
+    program = ready(cloud, GOES_ON)
+    known, copied = len(cloud.calls("hostname pod")), len(cloud.calls(" scp "))
+    process = cloud.start("tpu.sh", "run", *POD, "--", program)
+    wait_for(process, lambda: len(cloud.calls("hostname pod")) == known + 2)
+    asked = len(cloud.calls("describe"))
+    (cloud.folder / "state/pod").write_text("REPAIRING\n")
+    os.kill(int((cloud.folder / "connection-pod").read_text()), signal.SIGKILL)
+    wait_for(process, lambda: len(cloud.calls("describe")) > asked + 2)
+    if not runs:
+        (cloud.folder / "go").touch()
+        hosts = [cloud.folder / f"hosts/pod/{i}/bivl/run/code" for i in (0, 1)]
+        wait_for(process, lambda: all(host.exists() for host in hosts))
+    (cloud.folder / "state/pod").write_text("READY\n")
+    wait_for(process, lambda: len(cloud.calls("hostname pod")) >= known + 4)
+    (cloud.folder / "go").touch()
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "pod is COMING" in out
+    assert len(cloud.calls(" scp ")) == copied + (not runs)
+    assert len(cloud.calls(" create pod")) == 1 and not cloud.calls(" delete pod")
+
+
+def test_a_request_keeps_its_place_in_the_queue(cloud):
+    """`run` before the slices are there waits for them; one that failed is made again."""
+    cloud.run("tpu.sh", "queue", *TWO)
+    for name in ("pod-0", "pod-1"):
+        (cloud.folder / "state" / name).unlink()
+        shutil.rmtree(cloud.folder / "hosts" / name)
+    (cloud.folder / "queue-pod").write_text("WAITING_FOR_RESOURCES PROVISIONING ACTIVE\n")
+    program = cloud.program('echo . >> "$CLOUD/ran"')
+    out, _ = cloud.run("tpu.sh", "run", *TWO, "--", program)
+    assert "pod is COMING" in out and len(lines(cloud, "ran")) == 4
+    assert len(cloud.calls(" create pod")) == 1 and not cloud.calls(" delete pod")
+    for name in ("pod-0", "pod-1"):
+        (cloud.folder / "state" / name).write_text("PREEMPTED\n")
+    (cloud.folder / "queue-pod").write_text("SUSPENDING SUSPENDED\n")
+    cloud.run("tpu.sh", "run", *TWO, "--", program)
+    assert len(lines(cloud, "ran")) == 8
+    assert len(cloud.calls(" create pod")) == 2 and len(cloud.calls(" delete pod")) == 1
