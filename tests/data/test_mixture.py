@@ -202,7 +202,7 @@ def test_mistakes_name_the_keys_of_their_part(monkeypatch, tmp_path):
         mixture.open_all(c)
 
     def refuse(*_):
-        raise UserError("empty; set config.data.fields.text and eval_data.test.split or data.weight")
+        raise UserError("set config.data.fields.text and eval_data.test.split or data.weight")
 
     words = r"config\.data\.texts\.fields\.text and eval_data\.test\.split or data\.weight"
     for broken in ("examples", "train_ops"):
