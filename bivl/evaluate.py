@@ -36,6 +36,13 @@ def data_of(config, split: str):
     return mixture.first_with_images(config).to_dict() | {"split": chosen["split"]}
 
 
+def open_split(config, split: str) -> sources.Source:
+    """Opens `data_of(config, split)`; mistakes are named by the keys that it is read from."""
+    own = config.eval_data[split]["kind"]
+    with sources.keys_of(f"eval_data.{split}", sources.KEYS if own else ("split",)):
+        return sources.open_source(data_of(config, split))
+
+
 def split_batches(config, objective, mesh, source, size: int):
     """One pass over a source: global device arrays for the model, numpy label, id, mask."""
     rows = sharding.local_rows(size, mesh)
@@ -69,7 +76,7 @@ def make_splits(config, objective, mesh, needs) -> Splits:
 
     Opened once here, so that mistakes show before anything runs.
     """
-    opened = {split: sources.open_source(data_of(config, split)) for split in ("train", "test")}
+    opened = {split: open_split(config, split) for split in ("train", "test")}
     for split, source in opened.items():
         for field in sorted(needs - {ours for ours, *_ in source.fields}):
             raise UserError(

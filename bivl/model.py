@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from flax import linen as nn
 
 from bivl.core import checkpoint, sharding
 from bivl.core.config import choice
+from bivl.core.errors import UserError
 from bivl.core.objective import Objective
 
 DTYPES = ("float32", "bfloat16", "float16")  # what layers may compute in
@@ -86,6 +88,12 @@ class Model:
         With `layers`, also `layers`: depth + 1 arrays [B, L, D], the input of block 0 and the
         output of every block, before the final norm.
         """
+        counts = {name: len(batch[name]) for name in ("image", "tokens") if name in batch}
+        if len(set(counts.values())) > 1:
+            raise UserError(
+                f"encode reads each image with its text, but got {counts['image']} images and "
+                f"{counts['tokens']} texts; pass as many of each, or one kind a call"
+            )
         out = dict(self.predict["encode"](batch))
         if not layers:
             del out["layers"]
@@ -116,4 +124,21 @@ def load(directory, step: int | None = None, dtype: str = "float32") -> Model:
         return lambda batch: compiled(params, extras, batch)
 
     predict = {name: bound(function) for name, function in objective.predict.items()}
-    return Model(config, params, objective.preprocess, predict)
+    return Model(config, params, _named(objective.preprocess), predict)
+
+
+def _named(preprocess: Callable[..., dict]) -> Callable[..., dict]:
+    """`preprocess` with a UserError for inputs that this model does not take."""
+    signature = inspect.signature(preprocess)
+    takes = ", ".join(f"{name}=[...]" for name in signature.parameters)
+
+    def ops(*args, **kwargs):
+        if unknown := [name for name in kwargs if name not in signature.parameters]:
+            raise UserError(f"preprocess got {unknown[0]}, but this model takes {takes}")
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise UserError(f"preprocess: {error}; this model takes {takes}") from error
+        return preprocess(*given.args, **given.kwargs)
+
+    return ops

@@ -1,9 +1,10 @@
-"""Turns raw data into what training reads: a TFDS ArrayRecord directory, a vocabulary.
+"""Builds what the package brings along: the emoji set, and small vocabularies, of any texts.
 
 python -m bivl.prepare KIND --source=DIR --out=DIR      (KIND: a folder bivl/data/KIND)
 """
 
 import argparse
+import ast
 import importlib
 import pathlib
 import sys
@@ -17,17 +18,27 @@ class _Parser(argparse.ArgumentParser):
 
 
 def kinds():
-    """The KINDs there are: every package bivl/data/KIND with a prepare module."""
+    """{KIND: what it does} of every package bivl/data/KIND with a prepare module."""
     data = pathlib.Path(__file__).parent / "data"
-    return sorted(path.parent.name for path in data.glob("*/prepare.py"))
+    docs = {
+        path.parent.name: ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+        for path in sorted(data.glob("*/prepare.py"))
+    }
+    return {kind: doc.partition("\n")[0] for kind, doc in docs.items()}
 
 
 def run(arguments):
     """Prepares what the command line asks for; raises UserError on bad input."""
-    parser = _Parser(prog="python -m bivl.prepare", description=__doc__.splitlines()[0])
+    parser = _Parser(
+        prog="python -m bivl.prepare",
+        description=__doc__.splitlines()[0],
+        epilog="\n".join(["KIND:", *(f"  {kind:12}{what}" for kind, what in kinds().items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("kind", metavar="KIND", help=f"one of: {', '.join(kinds())}")
-    parser.add_argument("--source", required=True, help="folder with the raw data")
-    parser.add_argument("--out", required=True, help="folder to write KIND/VERSION into")
+    source = "folder with the raw data, or `packaged`: what the packaged vocabulary was made of"
+    parser.add_argument("--source", required=True, help=source)
+    parser.add_argument("--out", required=True, help="folder to write into")
     options = parser.parse_args(arguments)
     if options.kind not in kinds():
         raise UserError(f"unknown KIND {options.kind!r}; choose one of: {', '.join(kinds())}")
@@ -44,7 +55,7 @@ def main():
     except UserError as error:
         if debug:
             raise
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,12 +1,12 @@
 """The table of launch/README.md: every shipped pre-training recipe on the slice it names.
 
-    python launch/precompile_table.py [--only=TEXT] [--keep=DIR] [--made] [--write]
+    python launch/precompile_table.py [--only=TEXT | --write] [--keep=DIR] [--made]
 
 A recipe names its slices in its docstring, a line each: an option of the config, the slice and
 what else is set, as in `size=large   2 x v5p:4x4x8  --config.optimizer.accumulate=2`. Each is
 compiled by `python -m bivl.precompile`, one after the other, minutes each; reports are kept in
 DIR/NAME.json, and one that is there is not made again; with `--made` nothing is compiled and only
-what is there has a row. `--write` puts the table into the README.
+what is there has a row. `--write` puts the whole table into the README.
 Tokenizers and teachers stand in by kind: their files are not ours to ship and change no shape.
 """
 
@@ -142,14 +142,16 @@ HEAD = (
 )
 
 
-def main() -> None:
+def main(argv=None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="recipes whose name and option hold this")
     parser.add_argument("--keep", default="precompiled", help="folder of reports")
     parser.add_argument("--made", action="store_true", help="only reports that are there")
     parser.add_argument("--write", action="store_true", help="put the table into launch/README.md")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.only and args.write:  # the rows of all other recipes would be gone
+        parser.error("--write puts the whole table there; leave --only out")
     keep = Path(args.keep)
     keep.mkdir(parents=True, exist_ok=True)
     lines = [HEAD, "|" + "---|" * HEAD.count(" |")]

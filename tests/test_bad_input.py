@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from bivl import benchmark, embed, evaluate, train
 from bivl.core import checkpoint, cli, sharding
@@ -117,8 +118,12 @@ TRAIN = {
     "evaluator's key": (["config.eval.knn has no key 'neighbours'"], {"eval.knn.neighbours": "3"}),
     "evaluator's value": (["config.eval.knn.k is 0"], {"eval.knn.k": "0", "evaluators": "knn"}),
     "evaluation data": (
-        ["data.split", "'exam'"],
+        ["eval_data.test.split", "'exam'"],
         {"eval_data.test.split": "exam", "evaluators": "knn"},
+    ),
+    "no evaluation data": (
+        ["eval_data.train.dir is empty"],
+        {"eval_data.train.kind": "folder", "evaluators": "knn"},
     ),
     "too many layers": (["config.top_k_layers=3", "model.depth=2"], {"top_k_layers": "3"}),
     "decay over one": (["config.ema_decay_end=1.5"], {"ema_decay_end": "1.5"}),
@@ -382,6 +387,21 @@ def test_unusable_checkpoint(program, case, fails, copied, tmp_path):
         argv.append(f"--out={tmp_path / 'vectors.npz'}")
     assert CHECKPOINTS[case] in fails(program.main, argv)
     assert listing(tmp_path) == before
+
+
+def test_evaluate_names_the_split_that_is_missing(fails, finished, tmp_path):
+    """Of class folders without test/; and what it advises works."""
+    photos = tmp_path / "photos"
+    (photos / "all").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(photos / "all" / "one.png")
+    data = ["--config.data.kind=folder", f"--config.data.dir={photos}"]
+    argv = [f"--checkpoint={finished}", "--config.evaluators=knn", *data]
+    line = fails(evaluate.main, argv)
+    assert line.startswith("error: eval_data.test.split='test': ") and "train[:90%]" in line
+    config = checkpoint.read_config(checkpoint.find(finished))
+    changes = {"data.kind": "folder", "data.dir": str(photos)}
+    configs.override(config, list((changes | {"eval_data.test.split": "train[:90%]"}).items()))
+    assert len(evaluate.open_split(config, "test")) == 1
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from PIL import Image
 
 import runs
 from bivl import train
-from bivl.data import sources
+from bivl.core import config as configs
+from bivl.data import mixture, sources
 
 FOLDER = Path(__file__).parents[1] / "colab"
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
@@ -188,6 +189,22 @@ def test_quickstart_runs_and_finds_emoji_by_words_and_by_pictures(desk, capsys):
     notebook.run("pretrain")
     assert "nothing to do" in capsys.readouterr().out
     assert (here / "pretrained" / "metrics.jsonl").read_text() == before
+
+
+def test_own_images_and_texts_are_read_as_quickstart_says(tmp_path):
+    """The flags that its last cell names, in the config that it trains."""
+    last = "".join(read("quickstart")["cells"][-1]["source"])
+    flags = re.findall(r'"--config\.(data\.[\w.]+)=(\w+)"', last)
+    for name in ("PHOTOS/all", "TEXTS"):
+        (tmp_path / name).mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / "PHOTOS" / "all" / "one.png")
+    (tmp_path / "TEXTS" / "one.txt").write_text("A text.\n")
+    config = configs.load("configs/quickstart.py")
+    place = {name: str(tmp_path / name) for name in ("PHOTOS", "TEXTS")}
+    configs.override(config, [(key, place.get(value, value)) for key, value in flags])
+    opened = mixture.open_all(config)
+    assert {name: len(opened[name]) for name in ("images", "texts")} == {"images": 1, "texts": 1}
+    assert len(flags) == 4 and len(opened["pairs"]) == 1507
 
 
 def test_masks_and_targets_shows_what_it_says(desk):

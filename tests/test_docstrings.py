@@ -30,3 +30,12 @@ def test_warm_up_of_the_second_stage():
     stated = re.search(r"warmup_steps=(\d+)", DOCS[path])
     first = configs.load(f"{path}:size=large").optimizer.warmup_steps
     assert int(stated[1]) == first // 2
+
+
+@pytest.mark.parametrize("path", [*PATHS, *sorted((ROOT / "configs").glob("*.py"))])
+def test_commands_of_several_lines_can_be_pasted(path):
+    """As they stand in the file: what the docstring itself holds are joined lines."""
+    lines = path.read_text().splitlines()
+    for line, following in zip(lines, lines[1:], strict=False):
+        if re.match(r"\s+(python -m|--)", line) and re.match(r"\s+--", following):
+            assert line.endswith(" \\"), line

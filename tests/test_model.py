@@ -87,6 +87,33 @@ def test_preprocess_takes_arrays_pictures_and_paths(model, images, tmp_path):
         model.preprocess(image=[])
 
 
+def test_preprocess_names_the_input_that_is_wrong(model, images, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    array, typo, broken = images[0], "typo.jpg", tmp_path / "broken.jpg"
+    cases = [
+        ({"image": [array, typo]}, r"image\[1\] \(typo.jpg\) cannot be read: FileNotFound"),
+        ({"image": [array, array, broken]}, r"image\[2\] \(.*broken.jpg\) cannot be read"),
+        ({"image": [array.astype(float)]}, r"image\[0\] \(ndarray\) cannot be read"),
+        ({"image": [None]}, r"image\[0\] \(NoneType\) cannot be read"),
+        ({"image": "cat.png"}, r"a single image; pass a list, image=\[...\]"),
+        ({"image": Image.fromarray(array)}, "a single image; pass a list"),
+        ({"text": ["words"]}, r"got text, but this model takes image=\[...\]"),
+        ({"image": [array], "text": ["words"]}, "got text, but this model takes image"),
+        ({}, "argument: 'image'; this model takes image"),
+    ]
+    for given, words in cases:
+        with pytest.raises(UserError, match=words) as caught:
+            model.preprocess(**given)
+        assert "\n" not in str(caught.value)
+
+
+def test_encode_wants_as_many_texts_as_images(model):
+    """Of models of both; pairs of other models say so too."""
+    batch = {"image": np.zeros((1, 32, 32, 3)), "tokens": np.zeros((2, 4), int)}
+    with pytest.raises(UserError, match="got 1 images and 2 texts; pass as many of each, or"):
+        model.encode(batch)
+
+
 def test_encode_gives_tokens_pooled_and_layers(trained, model, images):
     batch = model.preprocess(image=images[:3])
     out = model.encode(batch, layers=True)

@@ -176,6 +176,16 @@ def test_rows_of_the_table():
         assert line.startswith("| `beit3` base | 2 x v5e:2x4 | optimizer.accumulate=2 |")
 
 
+def test_the_table_is_not_written_in_part(tmp_path, monkeypatch, capsys):
+    module, readme = table(), tmp_path / "README.md"
+    readme.write_text("\n".join(module.MARKS))
+    monkeypatch.setattr(module, "README", readme)
+    with pytest.raises(SystemExit):
+        module.main(["--only=beit3", "--write", "--made", f"--keep={tmp_path}"])
+    assert "leave --only out" in capsys.readouterr().err
+    assert readme.read_text() == "\n".join(module.MARKS)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_a_real_slice(capsys):
     precompile.main([*ARGUMENTS[:1], *ARGUMENTS[2:], "--topology=v5e:2x2", "--json"])

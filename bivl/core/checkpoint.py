@@ -6,6 +6,7 @@ model. Nothing here unpickles: arrays are TensorStore, everything else is JSON.
 
 import json
 import logging
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -24,7 +25,8 @@ from bivl.core.state import State
 log = logging.getLogger("bivl")
 warnings.filterwarnings("ignore", message="Sharding info not provided when restoring")
 PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "config/metadata")
-ENCODER = ("embed/", "trunk/")  # the parameters that tasks share; a task's others are heads
+# The parameters that tasks share, those of two towers too; a task's others are heads.
+ENCODER = re.compile(r"(image_|text_)?(embed|trunk)/")
 
 
 class Unreadable(UserError):
@@ -145,8 +147,9 @@ def restore_part(step_dir: Path, wanted: dict):
 def matching(step_dir: Path, params) -> list[str]:
     """Paths of `params` that a checkpoint has in the same shape.
 
-    UserError where there is none, and where one of the encoder has another shape there: only heads
-    may be new, an encoder that is so in part would look trained and not be.
+    UserError where there is none, where one of the encoder has another shape there, and where no
+    trunk is found, as between models of images and of images with texts: only heads may be new, an
+    encoder that is so would look trained and not be.
     """
     saved = saved_shapes(step_dir)
     shapes = {k: (saved.get(f"params/{k}"), tuple(x.shape)) for k, x in _names(params).items()}
@@ -154,12 +157,25 @@ def matching(step_dir: Path, params) -> list[str]:
     if not found:
         raise UserError(f"no parameter of checkpoint {step_dir} fits this model; check config.init")
     for key, (theirs, ours) in shapes.items():
-        if key.startswith(ENCODER) and theirs not in (None, ours):
+        if ENCODER.match(key) and theirs not in (None, ours):
             raise UserError(
                 f"config.init: {key} has shape {theirs} in checkpoint {step_dir}, this config "
                 f"wants {ours}; make config.model and the sizes of inputs those of the checkpoint"
             )
+    trunks, theirs = _trunks(shapes), _trunks(k.removeprefix("params/") for k in saved)
+    if trunks and not _trunks(found):
+        raise UserError(
+            f"config.init: checkpoint {step_dir} has {', '.join(theirs) or 'no trunk'}, this model "
+            f"{', '.join(trunks)}: its encoder would start untrained; name a checkpoint of the "
+            "same kind of model"
+        )
     return found
+
+
+def _trunks(names) -> list[str]:
+    """The first two parts of the paths that lie in an encoder's layers."""
+    parts = (k.split("/") for k in names if ENCODER.match(k))
+    return sorted({"/".join(p[:2]) for p in parts if p[0].endswith("trunk")})
 
 
 def load_matching(step_dir: Path, state: State) -> State:

@@ -162,10 +162,3 @@ def crop_or_pad(
     padded = np.zeros(length, np.float32)
     padded[: len(sound)] = sound
     return padded, len(sound)
-
-
-def encode_wav(sound: np.ndarray, rate: int = RATE) -> bytes:
-    """A waveform in [-1, 1], [T] or [T, channels], as the bytes of a 16 bit WAV file."""
-    file = io.BytesIO()
-    soundfile.write(file, np.clip(sound, -1, 1), rate, format="WAV", subtype="PCM_16")
-    return file.getvalue()

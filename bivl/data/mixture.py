@@ -47,8 +47,13 @@ def sizes(config) -> int | dict[str, int]:
 def open_all(config) -> dict[str, sources.Source]:
     """The opened sources: {part: source} of a mixture, {"": source} of one set."""
     chosen = parts(config)
-    named = {"": config.data} if chosen is None else chosen
-    return {name: sources.open_source(data) for name, data in named.items()}
+    if chosen is None:
+        return {"": sources.open_source(config.data)}
+    opened = {}
+    for name, data in chosen.items():
+        with sources.keys_of(f"data.{name}"):
+            opened[name] = sources.open_source(data)
+    return opened
 
 
 def first_with_images(config) -> Mapping[str, Any]:
@@ -99,7 +104,8 @@ def train_batches(
         seed = int(np.random.SeedSequence((config.seed, *name.encode())).generate_state(1)[0])
         size = wanted if isinstance(wanted, int) else wanted[name]
         examples, ops = objective.examples[name], objective.train_ops[name]
-        streams[name] = stream(examples(source), ops, seed, size)
+        with sources.keys_of(f"data.{name}"):
+            streams[name] = stream(examples(source), ops, seed, size)
     return _together(streams)
 
 
@@ -108,6 +114,9 @@ def _together(streams: dict[str, Any]) -> Iterator[tuple[dict[str, Any], int]]:
         for each in streams.values():
             stack.callback(each.close)
         while True:
-            drawn = {name: next(each) for name, each in streams.items()}
+            drawn = {}
+            for name, each in streams.items():
+                with sources.keys_of(f"data.{name}"):
+                    drawn[name] = next(each)
             batch = {name: part for name, (part, _) in drawn.items()}
             yield batch, sum(replaced for _, replaced in drawn.values())

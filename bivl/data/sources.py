@@ -3,9 +3,11 @@
 A new kind is one more function config -> Table and one more line in KINDS.
 """
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,7 @@ FIELDS = {
     "id": ("integer",),
 }
 _TEXTS = ("text", "text_pair", "question", "answer")
+KEYS = ("kind", "name", "dir", "split", "num_examples", "image_size", "fields")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +100,20 @@ def open_source(config: Mapping[str, Any]) -> Source:
     fields = _map_fields(table, setting(config, "fields", {}))
     rows = table.rows(tuple(dict.fromkeys(name for _, name, _ in fields)))
     return Source(table.title, setting(config, "split", "train"), rows, fields)
+
+
+@contextlib.contextmanager
+def keys_of(group: str, keys: tuple[str, ...] = KEYS) -> Iterator[None]:
+    """Inside, a UserError that says `data.KEY`, for one of `keys`, says `GROUP.KEY` instead.
+
+    Readers know the mapping that they are given and not where it stands in a config.
+    """
+    try:
+        yield
+    except UserError as error:
+        named = rf"(?<![\w./])((?:config\.)?)data\.(?=(?:{'|'.join(keys)})\b)"
+        text = re.sub(named, lambda found: f"{found[1]}{group}.", str(error))
+        raise UserError(text) from error
 
 
 def _map_fields(table: Table, wanted: Mapping[str, Any]) -> tuple[tuple[str, str, Column], ...]:

@@ -77,12 +77,13 @@ def make(predict, splits, config=None):
 
 def masked_positions(predict, splits, split, batches, most, params, extras):
     """(features float32 [N, E], tokens [N]) of the first `most` masked positions of a split."""
+    none = "this objective has no 'masked' features of text; take cloze out of config.evaluators"
     if "masked" not in predict or getattr(splits, "masked", None) is None:
-        raise UserError(
-            "this objective has no 'masked' features of text; take cloze out of config.evaluators"
-        )
+        raise UserError(none)
     rows, tokens, missing = [], [], most
     for batch in itertools.islice(splits.masked(split), batches):
+        if "tokens" not in batch:  # images and speech have masks as well
+            raise UserError(none)
         mask = to_host(batch["mask"]).astype(bool)
         mask = mask[:, 0] if mask.ndim == 3 else mask  # of several masks the first
         found = to_host(predict["masked"](params, extras, batch))[mask][:missing]

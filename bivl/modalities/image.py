@@ -14,7 +14,7 @@ from flax import linen as nn
 from bivl.core.config import choice
 from bivl.core.errors import UserError
 from bivl.data import augment, images, masking, randaugment
-from bivl.modalities import labels
+from bivl.modalities import given, labels
 from bivl.models.layers import (
     PatchEmbed,
     Vector,
@@ -184,9 +184,7 @@ def preprocess(config):
     mean, std = np.float32(config.image_mean), np.float32(config.image_std)
 
     def ops(image):
-        seen = [view(images.open_image(x)) for x in image]
-        if not seen:
-            raise UserError("preprocess got no image; pass image=[...]")
+        seen = given.each("image", image, lambda x: view(images.open_image(x)))
         return {"image": (np.stack(seen) / np.float32(255) - mean) / std}
 
     return ops

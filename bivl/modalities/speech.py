@@ -12,7 +12,7 @@ from flax import linen as nn
 from bivl.core.config import choice
 from bivl.core.errors import UserError
 from bivl.data import audio, masking, sequence_masking
-from bivl.modalities import labels
+from bivl.modalities import given, labels
 from bivl.models.convolutions import ConvolutionalPositions, Extractor, output_length
 from bivl.models.heads import mean_content
 from bivl.models.layers import (
@@ -142,9 +142,7 @@ def preprocess(config):
     [B, T]}, T that of the longest, whole seconds; padding True behind an utterance's end."""
 
     def ops(audio):
-        rows = [waveform(config, {"audio": x}) for x in audio]
-        if not rows:
-            raise UserError("preprocess got no audio; pass audio=[...]")
+        rows = given.each("audio", audio, lambda x: waveform(config, {"audio": x}))
         length = -(-max(map(len, rows)) // RATE) * RATE
         batch = np.zeros((len(rows), length), np.float32)
         padding = np.ones((len(rows), length), bool)

@@ -1,6 +1,5 @@
 """Where a token stands: relative position bias, ALiBi, fixed 2-D sin-cos and learned tables."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -92,10 +91,3 @@ class LearnedPositions(nn.Module):
     def __call__(self, x):
         table = Vector(x.shape[-2:], (None, "embed"), self.init, name="table")()
         return x + spread(table, x)
-
-
-def resize_grid(table: jax.Array, old: tuple[int, int], new: tuple[int, int]) -> jax.Array:
-    """Bicubic resize of a position table [h w, D] to another grid."""
-    image = jnp.asarray(table).reshape(*old, -1)
-    resized = jax.image.resize(image, (*new, image.shape[-1]), "bicubic")
-    return resized.reshape(new[0] * new[1], -1)

@@ -1,6 +1,6 @@
 """data2vec 2.0 on images: ViT-B/16, L/16, H/14 as shipped, small and tiny for one chip or CPU.
 
-    python -m bivl.train --config=configs/pretrain/data2vec2_image.py --workdir=DIR
+    python -m bivl.train --config=configs/pretrain/data2vec2_image.py --workdir=DIR \
         --config.data.dir=PREPARED_IMAGENET
 
 size=base    ImageNet-1k, 375,300 updates at batch 512 (150 epochs, as the paper says; the shipped

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -283,6 +284,49 @@ def test_an_encoder_of_another_shape_is_refused(original):
     with pytest.raises(UserError, match="config.init: embed/kernel has shape") as caught:
         checkpoint.load_matching(checkpoint.find(original), mine)
     assert all(str(shape) in str(caught.value) for shape in shapes)
+
+
+def saved_trees(monkeypatch, **trees):
+    """Makes every checkpoint one of these parameters; sizes by path."""
+    shapes = {f"params/{path}": (size,) for path, size in flattened(trees)}
+    monkeypatch.setattr(checkpoint, "saved_shapes", lambda step_dir: shapes)
+
+
+def flattened(trees):
+    return [(f"{a}/{b}", size) for a, tree in trees.items() for b, size in tree.items()]
+
+
+def arrays(**trees):
+    """Abstract parameters of these sizes."""
+    return jax.tree.map(lambda size: jax.ShapeDtypeStruct((size,), jnp.float32), trees)
+
+
+def test_an_encoder_of_which_nothing_is_found_is_refused(monkeypatch):
+    """A trunk of images and one of images and texts share no layer."""
+    saved_trees(
+        monkeypatch, embed={"cls": 2}, trunk={"blocks": 3, "norm": 2}, decode_trunk={"x": 1}
+    )
+    both = arrays(embed={"cls": 2}, trunk={"image_blocks": 3, "text_blocks": 3}, heads={"a": 1})
+    words = "has trunk/blocks, trunk/norm, this model trunk/image_blocks, trunk/text_blocks: its"
+    with pytest.raises(UserError, match=words):
+        checkpoint.matching(Path("step"), both)
+    towers = arrays(embed={"cls": 2}, image_trunk={"blocks": 3}, text_trunk={"blocks": 3})
+    with pytest.raises(UserError, match="this model image_trunk/blocks, text_trunk/blocks: its"):
+        checkpoint.matching(Path("step"), towers)
+    # A norm that is new is no new encoder, nor is a decoder.
+    mine = arrays(trunk={"blocks": 3, "other": 1}, decode_trunk={"y": 1})
+    assert checkpoint.matching(Path("step"), mine) == ["trunk/blocks"]
+
+
+def test_one_tower_may_be_new_and_none_of_another_shape(monkeypatch):
+    saved_trees(monkeypatch, image_embed={"patch": 2}, image_trunk={"blocks": 3})
+    text = {"text_embed": {"words": 4}, "text_trunk": {"blocks": 3}}
+    mine = arrays(image_embed={"patch": 2}, image_trunk={"blocks": 3}, **text)
+    found = checkpoint.matching(Path("step"), mine)
+    assert found == ["image_embed/patch", "image_trunk/blocks"]
+    mine = arrays(image_embed={"patch": 2}, image_trunk={"blocks": 5}, **text)
+    with pytest.raises(UserError, match="config.init: image_trunk/blocks has shape"):
+        checkpoint.matching(Path("step"), mine)
 
 
 def test_load_matching_restarts_the_teacher_from_the_student(original, caplog):

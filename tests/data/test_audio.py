@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from bivl.core.errors import Undecodable
-from bivl.data.audio import MAX_SECONDS, crop_or_pad, decode_audio, encode_wav, normalize
+from bivl.data.audio import MAX_SECONDS, crop_or_pad, decode_audio, normalize
 
 
 def sine(hertz=440.0, rate=16000, seconds=0.5):
@@ -113,7 +113,7 @@ def test_damaged_files(tmp_path):
     assert reason("a\0b.wav")
     assert "NaN" in reason(encoded(np.float32([0, np.nan, 1]), subtype="FLOAT"))
     assert "NaN" in reason(encoded(np.float32([0, np.nan, 1]), 8000, subtype="FLOAT"))
-    assert "empty" in reason(encode_wav(sine()[:0]))
+    assert "empty" in reason(encoded(sine()[:0]))
 
 
 def test_pipes_are_refused(tmp_path):
@@ -122,7 +122,7 @@ def test_pipes_are_refused(tmp_path):
 
 
 def test_lying_headers():
-    wav = bytearray(encode_wav(sine()))
+    wav = bytearray(encoded(sine()))
     struct.pack_into("<I", wav, 40, 2**32 - 16)  # the size of the data: 2**31 frames
     assert len(decode_audio(bytes(wav))) == 8000  # only what is there
     assert len(decode_audio(bytes(wav[: 44 + 2000]))) == 1000
@@ -137,13 +137,13 @@ def test_lying_headers():
     flac[21] &= 0xF0
     flac[22:26] = struct.pack(">I", 9000)
     assert reason(bytes(flac))  # 1,000 frames fewer than announced
-    assert "17 channels" in reason(encode_wav(np.zeros((10, 17), np.float32)))
+    assert "17 channels" in reason(encoded(np.zeros((10, 17), np.float32)))
 
 
 def test_limits_are_checked_before_decoding(monkeypatch):
     monkeypatch.setattr("bivl.data.audio.MAX_FRAMES", 100)
     monkeypatch.setattr(soundfile.SoundFile, "read", lambda *_, **__: pytest.fail("decoded"))
-    assert "100 frames" in reason(encode_wav(sine()))
+    assert "100 frames" in reason(encoded(sine()))
 
 
 def test_normalize():

@@ -248,4 +248,4 @@ def test_command_line_ends_bad_input_with_one_line(monkeypatch, capsys, argument
         entry.main()
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert re.search(message, error) and error.count("\n") == 1
+    assert re.match(f"error: .*{message}", error) and error.count("\n") == 1

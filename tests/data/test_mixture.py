@@ -191,3 +191,23 @@ def test_evaluations_follow_the_first_part_with_images():
     assert mixture.first_with_images(config(images=0))["kind"] == "captioned"
     assert mixture.first_with_images(config(kinds={"texts": "books"}))["kind"] == "books"
     assert mixture.first_with_images(single())["kind"] == "pictures"
+
+
+def test_mistakes_name_the_keys_of_their_part(monkeypatch, tmp_path):
+    """In opening a part, in its examples and in reading: data.PART.KEY, as it can be set."""
+    monkeypatch.undo()
+    c = config(kinds={"images": "folder", "texts": "pydoc"})
+    c.data.images.dir = str(tmp_path / "data.dir")
+    with pytest.raises(UserError, match=r"^data\.images\.dir=/.*/data\.dir is not a folder; "):
+        mixture.open_all(c)
+
+    def refuse(*_):
+        raise UserError("set config.data.fields.text and eval_data.test.split or data.weight")
+
+    words = r"config\.data\.texts\.fields\.text and eval_data\.test\.split or data\.weight"
+    for broken in ("examples", "train_ops"):
+        made = objective("images", "texts")
+        getattr(made, broken)["texts"] = refuse
+        opened = {"images": SOURCES["pictures"], "texts": SOURCES["books"]}
+        with pytest.raises(UserError, match=words):
+            next(mixture.train_batches(c, made, range, 0, opened=opened))

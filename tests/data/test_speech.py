@@ -4,10 +4,11 @@ import pickle
 
 import numpy as np
 import pytest
+import soundfile
 
 from bivl.core.errors import UserError
 from bivl.data import transcripts
-from bivl.data.audio import decode_audio, encode_wav
+from bivl.data.audio import decode_audio
 from bivl.data.speech import holds_speech, librispeech_table, speech_folder_table
 
 
@@ -16,7 +17,7 @@ def write(folder, *names):
     for number, name in enumerate(names, 1):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode_wav(np.full(160, number / 10)))
+        soundfile.write(path, np.full(160, number / 10), 16_000, format="WAV")
     return folder
 
 

@@ -155,6 +155,9 @@ def test_what_cannot_be_probed_is_refused(masked):
         run({}, splits())
     with pytest.raises(UserError, match="no 'masked' features of text; take cloze out of"):
         run(masked, types.SimpleNamespace(classes=None))
+    masks = [{"image": np.zeros((2, 8, 8, 3)), "mask": np.ones((2, 4), bool)}]
+    with pytest.raises(UserError, match="no 'masked' features of text; take cloze out of"):
+        run(masked, types.SimpleNamespace(masked=lambda split: iter(masks)))
     with pytest.raises(UserError, match="eval_data.test has no masked tokens"):
         run(masked, splits(test=0))
     with pytest.raises(UserError, match="needs 5 masked tokens of eval_data.train and found 3"):

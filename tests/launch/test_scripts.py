@@ -143,3 +143,9 @@ def test_the_manifest_fits_together(manifest):
     )  # a slice comes back late
     assert "exec python -m bivl.train" in script  # so that SIGTERM reaches Python
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_the_readme_names_every_script():
+    named = (ROOT / "launch" / "README.md").read_text()
+    files = [path.name for path in (ROOT / "launch").iterdir() if path.is_file()]
+    assert all(f"`{name}" in named for name in files if name != "README.md")
