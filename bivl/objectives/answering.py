@@ -63,6 +63,6 @@ def objective(config, head, names, seen, mean_loss) -> Objective:
     predict = encoding.predictions(encode, image_text, config)
     predict |= {"attention": attention, "logits": logits}
     spec = inputs | {"label": jax.ShapeDtypeStruct((B,), jnp.int32)}
-    ops = (make(config, names) for make in (questions.labelled_ops, questions.eval_ops))
-    last = questions.preprocess(config, names), checked(classes)
-    return Objective(spec, init, no_targets, loss, no_update, predict, *ops, *last)
+    ops = questions.labelled_ops(config, names), questions.eval_ops(config, names)
+    further = questions.preprocess(config, names), checked(classes)
+    return Objective(spec, init, no_targets, loss, no_update, predict, *ops, *further)
