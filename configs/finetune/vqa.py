@@ -101,10 +101,10 @@ def tiny(c, data: str) -> None:
 
 def small(c) -> None:
     """The model and training of `tiny`."""
-    c.image_size, c.pair.length = 48, 44
+    c.image_size, c.pair.length = 48, 20
     c.augment.update({"flip": False, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)})
     c.eval_data.test.split = "test"
-    c.batch_size, c.steps, c.log_every, c.checkpoint.every = 64, 1000, 10, 500
+    c.batch_size, c.steps, c.log_every, c.checkpoint.every = 64, 800, 10, 400
     c.model.layer_scale = 1.0  # without a checkpoint, small ones take long to grow
     c.optimizer.update({"warmup_steps": 50, "clip_norm": 3.0})
 
