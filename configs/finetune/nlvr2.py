@@ -12,8 +12,8 @@ size=tiny    128 x 4 x 4 on 48 px, statements about two invented scenes, from sc
 smoke        20 updates of `tiny`, under a minute on two CPU cores.
 
 PRETRAINED is what bivl.convert makes of `beit3_{base,large}_patch16_224.pth` or the same with
-`_indomain`, `beit3.spm` beside it. Tuned files are `beit3_{base,large}_patch16_224_nlvr2.pth` and
-`beit3_{base,large}_indomain_patch16_224_nlvr2.pth`; the published score without training:
+`_indomain`, `beit3.spm` beside it. Tuned files are `beit3_{base,large}_patch16_224_nlvr2.pth`; the
+published score (test-P 84.386 and 89.437) without training:
 
     python -m bivl.convert --source=FILE --out=DIR
     python -m bivl.evaluate --checkpoint=DIR --config.data.name=nlvr2 --config.data.dir=PREPARED \

@@ -16,8 +16,8 @@ PRETRAINED is what bivl.convert makes, at the size of these images, of
 
     python -m bivl.convert --source=FILE --out=PRETRAINED --config.image_size=480
 
-Tuned files are `beit3_{base,large}_patch16_480_vqa.pth` and `beit3_{base,large}_indomain_patch16_
-480_vqa.pth`, 3,129 answers each; bivl.convert keeps their head, and
+Tuned files are `beit3_{base,large}_patch16_480_vqa.pth`, of 3,129 answers; bivl.convert keeps their
+head, and
 
     python -m bivl.evaluate --checkpoint=DIR --config.data.name=vqav2 --config.data.dir=PREPARED
 
