@@ -8,7 +8,8 @@ size=base    224 px, 20 epochs at batch 256 (6,740 updates); published, NLVR2 de
              5e-4 (microsoft/unilm beit3/README.md).
 size=large   the same; published: 88.5 / 89.4, and 89.2 / 90.0 at 1e-4.
 size=tiny    128 x 4 x 4 on 48 px, statements about two invented scenes, from scratch or from
-             configs/pretrain/beit3.py:size=tiny; minutes on two CPU cores; no published score.
+             configs/pretrain/beit3.py:size=tiny; half of them are true. No published score, and
+             none of ours yet.
 smoke        20 updates of `tiny`, under a minute on two CPU cores.
 
 PRETRAINED is what bivl.convert makes of `beit3_{base,large}_patch16_224.pth` or the same with
