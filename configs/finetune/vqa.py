@@ -8,7 +8,7 @@ size=base    480 px, 10 epochs at batch 128 (51,410 updates); published, VQAv2 t
 size=large   the same; published: 81.85 and 82.53.
 size=tiny    128 x 4 x 4 on 48 px, from scratch or from configs/pretrain/beit3.py:size=tiny; no
              published score. data=scenes asks about invented scenes, data=easy_vqa about one shape
-             each (the package easy-vqa). From scratch it learns slowly, for CLS, which alone the
+             each (the package easy-vqa). From scratch it is slow, perhaps as CLS, which alone the
              head reads, must find the words first: after 200 of its 800 updates 12.2 % of 2,000
              questions, which is the share of the most frequent answer; longer was not tried.
 smoke        20 updates of `tiny`, under a minute on two CPU cores.
