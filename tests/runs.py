@@ -42,6 +42,7 @@ MAPS = {key: value for key, value in SMALL.items() if not key.startswith("model.
 MAPS |= {"model.widths": "(32, 32)", "model.stem": "8"} | {
     f"model.{key}": "(1, 1)" for key in ("repeats", "kernels", "strides", "expansions")
 }
+FINETUNE = ("contrastive", "vqa", "nlvr2")  # of these, the configs that tune
 PRETRAIN = {  # the objectives of pre-training by their configs, and what makes these small
     "data2vec_image": SMALL,
     "data2vec_text": TEXT,
@@ -54,6 +55,8 @@ PRETRAIN = {  # the objectives of pre-training by their configs, and what makes 
     "beit3": STREAMS | TOKENIZER,
     "bivl": STREAMS | {"top_k_layers": "1", "contrast.width": "16"},
     "contrastive": SMALL | PAIRS | {"contrast.width": "16"},
+    "vqa": SMALL | PAIRS | {"model.depth": "1"},
+    "nlvr2": SMALL | PAIRS | {"model.depth": "1"},
     "clip": SMALL | TOWER | {"model.depth": "1", "contrast.width": "16"},
     "vilt": SMALL | PAIRS | {"model.depth": "1"},
     "align": MAPS | TOWER | {"contrast.width": "32", "model.text.depth": "2"},
@@ -62,7 +65,7 @@ PRETRAIN = {  # the objectives of pre-training by their configs, and what makes 
 
 def path(name: str) -> str:
     """The config file of an objective."""
-    return f"configs/{'finetune' if name == 'contrastive' else 'pretrain'}/{name}.py"
+    return f"configs/{'finetune' if name in FINETUNE else 'pretrain'}/{name}.py"
 
 
 def arguments(changes=(), name="data2vec_image"):

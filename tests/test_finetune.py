@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile", "one_device")
 
 MODEL = {"model.width": "32", "model.depth": "1", "model.num_heads": "2", "model.mlp_dim": "64"}
 IMAGE = {"image_size": "32", "data.image_size": "32"}
+BEIT3 = {"batch_size": "24"}  # of all parts
 SPEECH = {
     "model.extractor.width": "16",
     "model.extractor.kernels": "20,8",  # 320 samples a frame too, but two layers to compile
@@ -72,7 +73,27 @@ CASES = {
         ("params/heads/mlm_head/bias", "params/trunk/image_norm/scale", "params/embed/words/table"),
         "accuracy/top1",
         {},
-        {"batch_size": "24"},
+        BEIT3,
+        {},
+    ),
+    "vqa": Case(
+        "beit3.py:smoke",
+        "vqa.py:smoke",
+        "head/pooler",
+        ("params/heads/mlm_head/bias", "params/trunk/image_norm/scale"),
+        "accuracy/top5",
+        {},
+        BEIT3,
+        {},
+    ),
+    "nlvr2": Case(
+        "beit3.py:smoke",
+        "nlvr2.py:smoke",
+        "head/dense",
+        ("params/heads/mlm_head/bias",),
+        "accuracy/top1",
+        {},
+        BEIT3,
         {},
     ),
     "glue": Case(
@@ -113,7 +134,7 @@ def pretrained(name, folder):
     case, workdir = CASES[name], folder / "pretrained"
     steps = 2 if name == "glue" else 0
     changes = {"steps": steps, "seed": 5, "evaluators": ""}
-    changes |= {} if name == "beit3_image" else {"top_k_layers": 1}
+    changes |= {} if case.pretrain == "beit3.py:smoke" else {"top_k_layers": 1}
     config = load(f"pretrain/{case.pretrain}", **case.both, **case.first, **changes)
     return workdir, train.train(config, workdir).params
 

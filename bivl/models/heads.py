@@ -1,4 +1,5 @@
-"""What stands on an encoder: regression heads of pre-training, classifiers of fine-tuning."""
+"""What stands on an encoder: regression heads of pre-training, classifiers of fine-tuning, and
+heads that answer questions about images."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -40,6 +41,55 @@ class ClassificationHead(nn.Module):
         init = nn.initializers.normal(0.02 * self.scale)
         options = {"kernel_init": init, "dtype": "float32", "name": "logits"}
         return Projection((self.classes,), ("embed", None), **options)(x)
+
+
+class AnswerHead(nn.Module):
+    """Tokens [B, L, D] of an image and a question -> a logit for every answer [B, C].
+
+    BEiT-3's (`beit3/modeling_finetune.py`): the first token, CLS of the image, through LayerNorm,
+    Linear(D, D) and tanh, then Linear(D, 2 D), LayerNorm, GELU and a last map.
+    """
+
+    answers: int
+    eps: float = 1e-5
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x, layout: Tokens, deterministic: bool):
+        del layout, deterministic
+        x, width = x[:, 0], x.shape[-1]
+        x = LayerNorm(self.eps, self.dtype, name="pooler_norm")(x)
+        square = Projection((width,), ("embed", None), dtype=self.dtype, name="pooler")
+        x = jnp.tanh(square(x))
+        x = Projection((2 * width,), ("embed", "mlp"), dtype=self.dtype, name="fc")(x)
+        x = gelu(LayerNorm(self.eps, self.dtype, name="norm")(x))
+        return Projection((self.answers,), ("mlp", None), name="logits")(x)
+
+
+class ComparisonHead(nn.Module):
+    """Tokens [2 B, L, D] of the first and the second image, in turns, each with the same text ->
+    logits [B, C].
+
+    BEiT-3's (`beit3/modeling_finetune.py`): CLS and `<s>` of both, 4 D, through LayerNorm,
+    Linear(4 D, 2 D), LayerNorm, GELU and a last map. Both kernels begin `scale` times as large.
+    """
+
+    classes: int
+    scale: float = 0.001
+    eps: float = 1e-5
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x, layout: Tokens, deterministic: bool):
+        del deterministic
+        width, init = x.shape[-1], truncated_normal(0.02 * self.scale)
+        x = jnp.stack([x[:, 0], x[:, layout.images]], axis=1).reshape(-1, 4 * width)
+        x = LayerNorm(self.eps, self.dtype, name="norm1")(x)
+        options = {"kernel_init": init, "dtype": self.dtype, "name": "dense"}
+        x = Projection((2 * width,), ("embed", "mlp"), **options)(x)
+        x = gelu(LayerNorm(self.eps, self.dtype, name="norm2")(x))
+        options |= {"dtype": "float32", "name": "logits"}
+        return Projection((self.classes,), ("mlp", None), **options)(x)
 
 
 def mean_content(x, layout: Tokens):

@@ -13,7 +13,6 @@ from bivl.weights import beit3_export
 from bivl.weights import beit3_tables as tables
 from bivl.weights import plan as plans
 from bivl.weights.plan import Layout, Plan
-from bivl.weights.rules import Rule
 
 PATCH = "vision_embed.proj.weight"
 FIRST = "encoder.layers.0.self_attn.q_proj.A.weight"
@@ -64,7 +63,7 @@ def official(weights, folder) -> Plan:
     fc1 = f"{start}encoder.layers.@.ffn.A.fc1.weight"
     changes, unknown = sizes(weights, f"{start}{PATCH}", fc1, rows - 2)
     if has("head.weight") or not has(f"{start}text_embed.weight"):
-        table = tables.official(start, texts=False) + tables.CLASSIFIED
+        table = tables.official(start, texts=False, last_norm=False) + tables.CLASSIFIED
         return classes(weights, changes, unknown, table)
     found, notes = texts(weights, start, folder)
     changes |= found | {
@@ -76,8 +75,10 @@ def official(weights, folder) -> Plan:
         table = tables.official(start) + tables.CONTRASTED
         config = f"finetune/contrastive.py:size={named(width)}"
         return Plan(config, changes, table, {}, unknown, notes=notes)
+    if has("pooler.dense.weight") or has("head.dense1.weight"):
+        return answers(weights, start, changes, unknown, notes)
     changes |= masked(weights)
-    table = (*tables.official(start), *tables.MASKED, *other_heads(weights))
+    table = (*tables.official(start), *tables.MASKED)
     length = min(512, changes["model.text_rows"] - 2)
     config = f"pretrain/beit3.py:size={named(width)}"
     return Plan(config, changes | {"text.length": length}, table, {}, unknown, notes=notes)
@@ -120,11 +121,18 @@ def masked(weights) -> dict:
     return changes
 
 
-def other_heads(weights) -> tuple[Rule, ...]:
-    """Rules for heads of tasks that are none of ours."""
-    if "pooler.dense.weight" in weights.tensors:
-        return tables.ANSWERED
-    return tables.COMPARED if "head.dense1.weight" in weights.tensors else ()
+def answers(weights, start: str, changes: dict, unknown: dict, notes) -> Plan:
+    """The plan of VQA, whose head reads what no final norm has seen, or of NLVR2."""
+    vqa = "pooler.dense.weight" in weights.tensors
+    last = "head.3.weight" if vqa else "head.dense2.weight"
+    changes["num_classes"] = plans.shape(weights, last, 2)[0]
+    if vqa:
+        changes["model.final_norm"] = False
+    table = tables.official(start, last_norm=not vqa)
+    table += tables.ANSWERED if vqa else tables.COMPARED
+    name = f"finetune/{'vqa' if vqa else 'nlvr2'}.py"
+    config = f"{name}:size={plans.size(changes['model.width'])}"
+    return Plan(config, changes, table, {}, unknown, notes=notes)
 
 
 def classes(weights, changes: dict, unknown: dict, table, fresh=()) -> Plan:

@@ -7,6 +7,8 @@ from bivl.weights import beit3_tables as tables
 from bivl.weights.data2vec_export import built
 from bivl.weights.export import Export, Origin
 
+HEADS = {"classify": tables.CLASSIFIED, "vqa": tables.ANSWERED, "nlvr2": tables.COMPARED}
+ENCODERS = {"classify": (False, False), "vqa": (True, False)}  # with texts, with the last norm
 WANTED = {"norm": "sub", "qkv_bias": "qkv", "layer_scale": 0.0, "experts": "decoupled"}
 NO_PLACE = {
     f"heads/{name}": "BEiT-3 has no such head"
@@ -21,13 +23,12 @@ def official(config, ours, origin: Origin) -> Export | None:
     if config.modality != "image_text" or not built(m, WANTED):
         return None
     bare = "vision_embed.cls_token" in origin.names
-    tuned = config.objective == "classify"
-    table = tables.official("" if bare else "beit3.", texts=not tuned)
-    if tuned:
+    head = HEADS.get(config.objective, (*tables.MASKED, *tables.CONTRASTED))
+    table = tables.official("" if bare else "beit3.", *ENCODERS.get(config.objective, ()))
+    if config.objective == "classify":
         c = config.classifier
         if (c.pool, c.norm, c.hidden) != ("mean", True, False):
             raise UserError("BEiT-3 classifies by the mean of the patches and a norm alone")
-        table += tables.CLASSIFIED
     settings = {
         "model_type": "beit3",
         "encoder_embed_dim": m.width,
@@ -42,4 +43,4 @@ def official(config, ours, origin: Origin) -> Export | None:
     }
     if "embed/words/table" in ours:
         settings["vocab_size"] = ours["embed/words/table"][0]
-    return Export(settings, (*table, *tables.MASKED, *tables.CONTRASTED), NO_PLACE)
+    return Export(settings, (*table, *head), NO_PLACE)

@@ -9,10 +9,9 @@ from bivl.weights.data2vec_tables import fused_blocks, patches
 from bivl.weights.rules import Rule, moved, norm, pair, under
 
 SIDES = {"image": "A", "text": "B"}
-NO_VQA = "no objective answers questions yet"
-NO_NLVR2 = "no objective compares two images yet"
 IMAGES_ALONE = "the classifier reads images alone"
 CONTRAST = "the model is tuned to contrast"
+ANSWERS = "the model is tuned to answer"
 
 
 def blocks(modality: str) -> tuple[Rule, ...]:
@@ -53,7 +52,7 @@ TEXT = (
     *norm("encoder.layer_norm.B", "trunk/text_norm"),
 )
 NO_TEXT = tuple(Rule(name, drop=IMAGES_ALONE) for name in ("text_embed.*", "encoder.*.B.*"))
-LAST_NORM = Rule("encoder.layer_norm.*", drop="the classifier has a norm of its own")
+LAST_NORM = Rule("encoder.layer_norm.*", drop="the head has a norm of its own")
 
 MASKED = (*pair("mlm_head", "heads/mlm_head"), *pair("mim_head", "heads/mim_head"))
 CONTRASTED = (
@@ -62,14 +61,30 @@ CONTRASTED = (
     Rule("logit_scale", "heads/logit_scale/value"),
     *(Rule(f"{name}_head.*", drop=CONTRAST) for name in ("mlm", "mim")),
 )
+UNASKED = tuple(Rule(f"{name}_head.*", drop=ANSWERS) for name in ("mlm", "mim"))
 CLASSIFIED = (*norm("fc_norm", "head/norm"), *pair("head", "head/logits"))
-ANSWERED = tuple(Rule(name, drop=NO_VQA) for name in ("pooler.*", "head.*"))
-COMPARED = (Rule("head.*", drop=NO_NLVR2),)
+ANSWERED = (  # VQA
+    *norm("pooler.norm", "head/pooler_norm"),
+    *pair("pooler.dense", "head/pooler"),
+    *pair("head.0", "head/fc"),
+    *norm("head.1", "head/norm"),
+    *pair("head.3", "head/logits"),
+    *UNASKED,
+)
+COMPARED = (  # NLVR2
+    *norm("head.norm1", "head/norm1"),
+    *pair("head.dense1", "head/dense"),
+    *norm("head.norm2", "head/norm2"),
+    *pair("head.dense2", "head/logits"),
+    *UNASKED,
+)
 
 
-def official(start: str, texts: bool = True) -> tuple[Rule, ...]:
-    """The encoder behind `start`; without `texts` what they need is dropped."""
-    return under(start, (*IMAGE, *TEXT) if texts else (*NO_TEXT, LAST_NORM, *IMAGE))
+def official(start: str, texts: bool = True, last_norm: bool = True) -> tuple[Rule, ...]:
+    """The encoder behind `start`; without `texts` what they need is dropped, and without
+    `last_norm` that."""
+    table = (*IMAGE, *TEXT) if texts else (*NO_TEXT, *IMAGE)
+    return under(start, table if last_norm else (LAST_NORM, *table))
 
 
 TIMM = (

@@ -10,6 +10,7 @@ from PIL import Image
 from weight_writers import safetensors, torch_zip
 
 import bivl
+import image_texts
 from bivl import convert
 from bivl.core.errors import UserError
 from bivl.data import tokenizers
@@ -206,28 +207,108 @@ def test_image_branch_of_timm(tmp_path, recorded):
 _PARTS = ("weight", "bias")
 
 
-@pytest.mark.parametrize("task", ["vqa", "nlvr2", "captions"])
-def test_heads_of_other_tasks(task, tmp_path, recorded):
-    """What no objective has is dropped and said to be; the encoder comes along, and so does a head
-    of masked words. All of it is given back."""
-    params = encoder(recorded)
+def answer_heads(task, answers=7):
+    """The heads of VQA or NLVR2, pooler included."""
+    wide, widest = 2 * WIDTH, 4 * WIDTH
     if task == "vqa":
+        return drawn(
+            pooler__norm__weight=(WIDTH,),
+            pooler__norm__bias=(WIDTH,),
+            pooler__dense__weight=(WIDTH, WIDTH),
+            pooler__dense__bias=(WIDTH,),
+            head__0__weight=(wide, WIDTH),
+            head__0__bias=(wide,),
+            head__1__weight=(wide,),
+            head__1__bias=(wide,),
+            head__3__weight=(answers, wide),
+            head__3__bias=(answers,),
+        )
+    return drawn(
+        head__norm1__weight=(widest,),
+        head__norm1__bias=(widest,),
+        head__dense1__weight=(wide, widest),
+        head__dense1__bias=(wide,),
+        head__norm2__weight=(wide,),
+        head__norm2__bias=(wide,),
+        head__dense2__weight=(2, wide),
+        head__dense2__bias=(2,),
+    )
+
+
+def told(x, params, *names):
+    """What modules of these names make of x [B, D], in float64: of one axis they are norms, before
+    the last map stands GELU."""
+    for name in names:
+        weight, bias = (params[f"{name}.{part}"] for part in _PARTS)
+        if weight.ndim == 1:
+            x = np.stack([image_texts.normalized(row, -1) for row in x]) * weight + bias
+            continue
+        x = image_texts.gelu(x) if name == names[-1] and len(names) > 2 else x
+        x = x @ weight.T + bias
+    return x
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_answers_to_questions(norm, tmp_path, recorded):
+    """VQA reads CLS before any final norm, which a file may have and nothing applies."""
+    params = encoder(recorded) | answer_heads("vqa")
+    if not norm:
         params = {k: v for k, v in params.items() if "encoder.layer_norm" not in k}
-        params |= drawn(pooler__norm__weight=(WIDTH,), pooler__dense__weight=(WIDTH, WIDTH))
-        params |= drawn(head__0__weight=(48, WIDTH), head__1__bias=(48,), head__3__bias=(7,))
-    elif task == "nlvr2":
-        params |= drawn(head__norm1__weight=(96,), head__dense1__weight=(48, 96))
-    else:
-        params |= {k: v for k, v in masked_heads().items() if "mlm" in k}
-    out, report = converted(tmp_path, params, write=safetensors if task == "nlvr2" else torch_zip)
+    out, report = converted(tmp_path, params, write=torch_zip)
     loaded = bivl.load(out)
-    assert_layers(loaded, recorded, "pair", last=task != "vqa")
-    dropped = {row["key"]: row["reason"] for row in report["dropped"]}
-    foreign = {k for k in params if k.startswith(("pooler", "head"))}
-    assert set(dropped) == foreign
-    assert all("no objective" in reason for reason in dropped.values())
-    assert ("heads" in loaded.params) == (task == "captions")
+    got = assert_layers(loaded, recorded, "pair", last=False)
+    pooled = np.tanh(told(np.asarray(got["pooled"]), params, "pooler.norm", "pooler.dense"))
+    wanted = told(pooled, params, "head.0", "head.1", "head.3")
+    logits = loaded.predict["logits"](inputs(recorded, "image", "tokens"))
+    np.testing.assert_allclose(logits, wanted, atol=1e-4)
+    assert loaded.config.num_classes == 7 and loaded.config.objective == "vqa"
+    assert not report["initialised"] and {row["reason"] for row in report["dropped"]} == (
+        {"the head has a norm of its own"} if norm else set()
+    )
     given_back(out, tmp_path, params)
+
+
+def test_truths_of_statements(tmp_path, recorded):
+    """NLVR2 reads CLS and `<s>` of both images; heads of pre-training are said to be dropped."""
+    params = encoder(recorded) | answer_heads("nlvr2") | masked_heads()
+    out, report = converted(tmp_path, params)
+    loaded, halves = bivl.load(out), []
+    assert_layers(loaded, recorded, "pair")
+    batch = inputs(recorded, "image", "tokens")
+    for image in (batch["image"], batch["image"][::-1]):
+        x = np.asarray(loaded.encode(batch | {"image": image})["tokens"])
+        halves += [x[:, 0], x[:, 10]]  # behind CLS and nine patches
+    wanted = told(np.concatenate(halves, -1), params, *(f"head.{n}" for n in _COMPARED))
+    logits = loaded.predict["logits"](batch | {"image2": batch["image"][::-1]})
+    np.testing.assert_allclose(logits, wanted, atol=1e-4)
+    dropped = {row["key"]: row["reason"] for row in report["dropped"]}
+    assert dropped == dict.fromkeys(masked_heads(), "the model is tuned to answer")
+    given_back(out, tmp_path, params)
+
+
+_COMPARED = ("norm1", "dense1", "norm2", "dense2")
+
+
+def test_captions(tmp_path, recorded):
+    """Their head is that of masked words."""
+    params = encoder(recorded) | {k: v for k, v in masked_heads().items() if "mlm" in k}
+    out, report = converted(tmp_path, params, write=torch_zip)
+    loaded = bivl.load(out)
+    assert_layers(loaded, recorded, "pair")
+    assert not report["dropped"] and set(loaded.params["heads"]) == {"mlm_head"}
+    given_back(out, tmp_path, params)
+
+
+@pytest.mark.parametrize(
+    ("task", "key"),
+    [("vqa", "head.1.bias"), ("vqa", "head.3.weight"), ("nlvr2", "head.norm2.bias")],
+)
+def test_heads_are_whole(task, key, tmp_path, recorded):
+    params = encoder(recorded) | answer_heads(task)
+    del params[key]
+    with pytest.raises(UserError, match=f"no {key}|{key} is missing"):
+        converted(tmp_path, params)
+    assert not (tmp_path / "ours").exists()
 
 
 def test_tables_of_positions_are_resized_as_pytorch_does():
