@@ -55,12 +55,19 @@ def eval_ops(config, names=ONE):
 
 def preprocess(config, names=ONE):
     """image=[...], text=[...], and image2=[...] where `names` has it -> numpy batch."""
-    pairs = image_text.preprocess(config)
+    one = image_text.preprocess(config)
 
-    def ops(image=None, text=None, **further):
-        if unknown := set(further) - set(names):
-            raise UserError(f"{min(unknown)} is no input of this model; it reads {names} and text")
-        found = pairs(image, text)
-        return found | {name: pairs(image=given)["image"] for name, given in further.items()}
+    def two(image=None, text=None, image2=None):
+        found = one(image, text)
+        if image2 is None:
+            return found
+        found["image2"] = one(image=image2)["image"]
+        counts = len(found.get("image", ())), len(found["image2"])
+        if counts[0] != counts[1]:
+            raise UserError(
+                f"preprocess got {counts[0]} of image and {counts[1]} of image2; each statement "
+                "is about one of either"
+            )
+        return found
 
-    return ops
+    return two if "image2" in names else one

@@ -213,8 +213,9 @@ def test_inputs_without_a_part():
         del batch[missing]
         with pytest.raises(UserError, match=f"has no {missing.replace('tokens', 'text')}, which"):
             objective.predict["logits"](params, {}, batch)
-    with pytest.raises(UserError, match="image2 is no input of this model"):
-        made("vqa")[0].preprocess(image=[], text=[], image2=[])
+    picture = np.zeros((48, 48, 3), np.uint8)
+    with pytest.raises(UserError, match="got 2 of image and 1 of image2; each statement is about"):
+        made("nlvr2")[0].preprocess(image=[picture] * 2, text=["a"] * 2, image2=[picture])
 
 
 @pytest.mark.parametrize(
