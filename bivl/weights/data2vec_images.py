@@ -14,6 +14,7 @@ from bivl.weights.plan import NO_HEAD, Plan
 from bivl.weights.rules import Rule, norm, pair, under
 
 NO_MASK = "the file has no mask token"
+HALF = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}  # of pixels, where not ImageNet's
 
 
 class ImageNames(NamedTuple):
@@ -51,6 +52,13 @@ def layer_scale(weights) -> float:
     """Where layer scales began, which only training anew would ask."""
     given = plans.setting(weights.config, "layer_scale_init_value")
     return float(given) if isinstance(given, int | float) and given > 0 else 1e-4
+
+
+def statistics(weights, imagenet: bool) -> dict:
+    """Changes for the statistics of pixels, which the original code is told by a flag: what the
+    file says of it, else `imagenet`, what the family's models are trained with."""
+    said = plans.setting(weights.config, "imagenet_default_mean_and_std")
+    return {} if (said if isinstance(said, bool) else imagenet) else HALF
 
 
 def image_plan(weights, names: ImageNames, table: tuple[Rule, ...], eps: float, head: str) -> Plan:
@@ -108,15 +116,15 @@ OTHERS = re.compile(r"pos_embed|cls_pt_layers|encode_task_layer|.*(inner_attn_ln
 
 def is_beit(weights, asked: bool) -> bool:
     """data2vec_vision's names are BEiT's; its regression head [D, D] tells them apart. Fine-tuned
-    files of either look the same; those with a table for each layer are taken for BEiT's."""
+    files of either look the same, and of those with a table for each layer one must be asked for;
+    with one table for all, which is no layout of BEiT's fine-tuning, they are taken for these."""
     t = weights.tensors
     if not {"cls_token", BEIT.patch, "blocks.0.attn.qkv.weight", "blocks.0.attn.q_bias"} <= set(t):
         return False
     head = tuple(t[BEIT.head].shape) if BEIT.head in t else None
     if head and not asked:
         return len(set(head)) == 1
-    own = BEIT.own_table.replace("@", "0") in t
-    return asked or not (own or any(map(OTHERS.match, t)))
+    return asked or not any(map(OTHERS.match, t))
 
 
 def beit(weights, folder) -> Plan:
@@ -124,10 +132,7 @@ def beit(weights, folder) -> Plan:
     has = weights.tensors.__contains__
     head = "mean" if has("fc_norm.weight") else "first" if has("head.weight") else ""
     plan = image_plan(weights, BEIT, tables.BEIT_IMAGE, 1e-6, head)
-    if plans.setting(weights.config, "imagenet_default_mean_and_std", default=True):
-        return plan
-    half = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}  # as its commands fine-tune
-    return dataclasses.replace(plan, changes={**plan.changes, **half})
+    return dataclasses.replace(plan, changes={**plan.changes, **statistics(weights, True)})
 
 
 PORT = BEIT._replace(
