@@ -83,6 +83,7 @@ def huggingface(weights, folder) -> Plan:
     plans.require(config, wanted)
     start = plans.prefix(weights, "embeddings.patch_embeddings.projection.weight") or ""
     names = images.huggingface_names(start)
+    images.require_tensors(weights, names)
     if has(names.table) and has(names.own_table.replace("@", "0")):
         raise UserError(f"the model has both {names.table} and tables of each layer; not supported")
     eps = config.get("layer_norm_eps", 1e-12)

@@ -180,6 +180,20 @@ def huggingface_names(start: str) -> ImageNames:
     )
 
 
+def require_tensors(weights, names: ImageNames) -> None:
+    """UserError where config.json has layer scales or tables of positions that the file lacks."""
+    for key, name in (
+        ("layer_scale_init_value", names.scale),
+        ("use_shared_relative_position_bias", names.table),
+        ("use_relative_position_bias", names.own_table),
+    ):
+        said, name = weights.config.get(key), name.replace("@", "0")
+        if isinstance(said, int | float) and said > 0 and name not in weights.tensors:
+            raise UserError(
+                f"config.json has {key}={said}, but the file no {name}; get all files of the model"
+            )
+
+
 def huggingface(weights, folder) -> Plan:
     """transformers' Data2VecVisionModel and what stands on it."""
     plans.require(
@@ -188,6 +202,7 @@ def huggingface(weights, folder) -> Plan:
     )
     start = plans.prefix(weights, "embeddings.patch_embeddings.projection.weight") or ""
     names, has = huggingface_names(start), weights.tensors.__contains__
+    require_tensors(weights, names)
     table = under(start, tables.HUGGINGFACE_IMAGE) + tables.IMAGE_HEADS
     if has(names.table) and has(names.own_table.replace("@", "0")):
         raise UserError(f"the model has both {names.table} and tables of each layer; not supported")
