@@ -12,6 +12,7 @@ from bivl.weights import plan as plans
 from bivl.weights import vocabularies
 from bivl.weights.plan import NO_HEAD, Plan
 from bivl.weights.rules import Rule, norm, pair, under
+from bivl.weights.stored import shown
 
 NO_MASK = "the file has no mask token"
 HALF = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}  # of pixels, where not ImageNet's
@@ -36,10 +37,12 @@ def square(weights, patch: int, table: str | None) -> dict:
     g x g patches, three rows being those of CLS."""
     if table is None:
         side = plans.setting(weights.config, "image_size", "input_size", default=224)
-        if isinstance(side, list | tuple) and len(set(side)) == 1:
+        if isinstance(side, list | tuple) and side and all(x == side[0] for x in side):
             side = side[0]
-        if not isinstance(side, int):
-            raise UserError(f"the model reads images of size {side}; only squares are supported")
+        if not isinstance(side, int) or not 0 < side < 2**31:
+            raise UserError(
+                f"the model's config has image_size={shown(repr(side))}; only squares are supported"
+            )
         return {"image_size": side}
     rows, heads = plans.shape(weights, table, 2)
     root = math.isqrt(max(rows - 3, 0))
@@ -51,7 +54,7 @@ def square(weights, patch: int, table: str | None) -> dict:
 def layer_scale(weights) -> float:
     """Where layer scales began, which only training anew would ask."""
     given = plans.setting(weights.config, "layer_scale_init_value")
-    return float(given) if isinstance(given, int | float) and given > 0 else 1e-4
+    return float(given) if isinstance(given, int | float) and 0 < given < 2**31 else 1e-4
 
 
 def statistics(weights, imagenet: bool) -> dict:
