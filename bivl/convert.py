@@ -28,6 +28,7 @@ from bivl.weights import vocabularies
 from bivl.weights.files import open_weights
 from bivl.weights.incoming import Found, Official, shapes
 from bivl.weights.plan import Plan
+from bivl.weights.stored import shown
 
 log = logging.getLogger("bivl")
 
@@ -65,6 +66,18 @@ def families() -> dict[str, dict]:
     return {k: v for module in modules() for k, v in getattr(module, "FAMILIES", {}).items()}
 
 
+def fits(value, old) -> bool:
+    """Whether what a file says may stand where the recipe has `old`: of its kind, and no number
+    that is infinite or takes more than 31 bits. Where the recipe has None, that or a whole one."""
+    if isinstance(value, list | tuple):
+        first = old[0] if isinstance(old, list | tuple) and old else None
+        return isinstance(old, list | tuple) and all(fits(item, first) for item in value)
+    if type(value) in (int, float):
+        whole = type(value) is int and (old is None or type(old) is int)
+        return (whole or type(old) is float) and abs(value) < 2**31
+    return type(value) is type(old)
+
+
 def configured(plan: Plan, keys=()):
     """The config of a plan; `keys` are those that the command line will override."""
     for key, why in plan.unknown.items():
@@ -76,7 +89,14 @@ def configured(plan: Plan, keys=()):
         for key, value in plan.changes.items():
             group, _, last = key.rpartition(".")
             node: Any = config[group] if group else config
-            node[last] = value
+            usual = node.get(last, value)  # what a recipe leaves out is of any kind
+            if fits(value, usual):
+                node[last] = value
+            elif key not in keys:
+                raise UserError(
+                    f"the file's own config makes config.{key} {shown(repr(value))}, where "
+                    f"{usual!r}, say, is right; correct it, or pass --config.{key}=..."
+                )
         config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
     return config
 

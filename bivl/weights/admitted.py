@@ -141,7 +141,10 @@ def _parameter(data: Any, *rest: Any) -> View:
 
 
 def _dict(*args: Any) -> dict[Any, Any]:
-    """Of an OrderedDict or Counter: made empty, or of pairs or a dict."""
+    """Of an OrderedDict or Counter: made empty, or of pairs or a dict. Not of bytes, whose length
+    nobody counts: each would become a number here."""
+    if args and type(args[0]) not in (list, tuple, dict):
+        raise TypeError
     pairs = list(args[0].items()) if args and type(args[0]) is dict else [*(args or [()])[0]]
     made = {key(name): value for name, value in pairs}
     if len(args) > 1 or len(made) != len(pairs):

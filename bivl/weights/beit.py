@@ -1,8 +1,8 @@
 """BEiT and BEiT v2: which of their models a file is, and the config that it becomes.
 
 Pre-trained (masked image modeling, with the aggregation of v2) or fine-tuned to classes, as
-microsoft/unilm and Hugging Face store them. A fine-tuned file of BEiT looks like one of data2vec,
-which is the same model: --family tells them apart where each layer has no table of its own.
+microsoft/unilm and Hugging Face store them. A fine-tuned file of BEiT looks like one of BEiT v2 or
+data2vec, which are the same model on other pixels: --family tells them apart.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from bivl.weights import plan as plans
 from bivl.weights.plan import Layout, Plan
 
 NAMES = images.BEIT
-HALF = (0.5, 0.5, 0.5)  # BEiT's statistics of pixels; v2's are ImageNet's
 CODES = 8192
 AGGREGATION = "cls_pt_layers.0.norm1.weight"
 
 
 def is_official(version: int, weights, asked: bool) -> bool:
-    """v2 has an aggregation; a head of visual tokens is not as wide as the model."""
+    """v2 has an aggregation; a head of visual tokens is not as wide as the model. Fine-tuned, with
+    a table for each layer, both versions look the same."""
     t = weights.tensors
     if not {"cls_token", NAMES.patch, "blocks.0.attn.qkv.weight", "blocks.0.attn.q_bias"} <= set(t):
         return False
@@ -30,18 +30,18 @@ def is_official(version: int, weights, asked: bool) -> bool:
         return asked or version == 2
     if NAMES.head in t:
         return version == 1 and len(set(t[NAMES.head].shape)) == 2
-    return version == 1 and NAMES.own_table.replace("@", "0") in t
+    return NAMES.own_table.replace("@", "0") in t
 
 
 def official(version: int, weights, folder) -> Plan:
     """microsoft/unilm `beit/` or `beit2/`."""
     has = weights.tensors.__contains__
-    changes: dict = {"image_mean": HALF, "image_std": HALF} if version == 1 else {}
+    changes = images.statistics(weights, imagenet=version == 2)
     if has("head.weight") or has("fc_norm.weight"):
         head = "mean" if has("fc_norm.weight") else "first"
         plan = images.image_plan(weights, NAMES, tables.CLASSIFIED, 1e-6, head)
         if plan.changes["image_size"] >= 384:  # large ones are evaluated whole
-            changes["augment.crop_ratio"] = 1.0
+            changes = changes | {"augment.crop_ratio": 1.0}
         return dataclasses.replace(plan, changes={**plan.changes, **changes})
     plan = pretrained(weights, NAMES, tables.PRETRAINED, 1e-6)
     return dataclasses.replace(plan, changes={**plan.changes, **changes})
@@ -83,10 +83,11 @@ def huggingface(weights, folder) -> Plan:
     plans.require(config, wanted)
     start = plans.prefix(weights, "embeddings.patch_embeddings.projection.weight") or ""
     names = images.huggingface_names(start)
+    images.require_tensors(weights, names)
     if has(names.table) and has(names.own_table.replace("@", "0")):
         raise UserError(f"the model has both {names.table} and tables of each layer; not supported")
     eps = config.get("layer_norm_eps", 1e-12)
-    changes = {"image_mean": HALF, "image_std": HALF} | vocabularies.views(folder)
+    changes = images.HALF | vocabularies.views(folder)
     pooler = has(f"{start}pooler.layernorm.weight")
     bare = not (has(names.norm) or has("layernorm.weight"))  # under a head of another kind, say
     if pooler or bare or has(names.logits):

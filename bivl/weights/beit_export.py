@@ -37,7 +37,7 @@ def huggingface(config, ours, origin: Origin) -> Export | None:
     settings |= encoder.patches(config, origin, mean and bool(start or tuned))
     if tuned:
         table = tables.classified(start)
-        settings = encoder.labels(settings, config.num_classes)
+        settings = encoder.labels(settings, config.num_classes, origin)
     else:
         settings["vocab_size"] = ours["lm_head/bias"][0]
         table = tables.masked(start, "layernorm")

@@ -120,7 +120,7 @@ def views(weights, folder, side: int | None) -> dict:
     }
     size = given.get("size")
     size = size.get("shortest_edge") if isinstance(size, dict) else size
-    if given.get("do_center_crop", True) and isinstance(size, int) and size >= side:
+    if given.get("do_center_crop", True) and isinstance(size, int) and side <= size < 2**31:
         changes["augment.crop_ratio"] = side / size
     return changes
 

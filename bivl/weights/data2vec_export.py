@@ -4,6 +4,7 @@ An encoder is one of these whatever trained it, if it is built alike: so data2ve
 """
 
 import json
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -55,9 +56,13 @@ def encoder(config, origin: Origin, kind: str, tuned: str) -> tuple[dict, str]:
     return settings, "" if bare else start
 
 
-def labels(settings: dict, classes: int) -> dict:
-    """The names of classes, the source's own where they are as many."""
-    if len(settings.get("id2label", ())) != classes:
+def labels(settings: dict, classes: int, origin: Origin) -> dict:
+    """The names of classes, the source's own where they are as many, or where ours is no classifier
+    of its: it may have another head, which is given back as it was."""
+    found = settings.get("id2label")
+    if "head/logits/kernel" in origin.absent:
+        return settings
+    if not isinstance(found, Mapping) or len(found) != classes:
         names = {str(i): f"LABEL_{i}" for i in range(classes)}
         settings |= {"id2label": names, "label2id": {v: int(k) for k, v in names.items()}}
     return settings
@@ -84,7 +89,7 @@ def image(config, ours, origin: Origin) -> Export | None:
     other = tables.RELATIVE if m.positions == "relative_layers" else f"{tables.RELATIVE}[n]"
     table = tuple(rule for rule in tables.HUGGINGFACE_IMAGE if rule.path != other)
     if tuned:
-        settings = labels(settings, config.num_classes)
+        settings = labels(settings, config.num_classes, origin)
         table = (*under(start, table), *pair("classifier", "head/logits"))
         return Export(settings, table, files={"preprocessor_config.json": views(config)})
     files = {"preprocessor_config.json": views(config)}
@@ -149,7 +154,7 @@ def text(config, ours, origin: Origin) -> Export | None:
     c = config.classifier
     if (c.pool, c.norm, c.hidden) != ("first", False, True):
         raise UserError("transformers classifies texts by a tanh head on the first token alone")
-    settings = labels(settings, config.num_classes)
+    settings = labels(settings, config.num_classes, origin)
     return Export(settings, under(start, table) + tables.text_head("classifier."), files=files)
 
 

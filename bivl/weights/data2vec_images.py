@@ -12,8 +12,10 @@ from bivl.weights import plan as plans
 from bivl.weights import vocabularies
 from bivl.weights.plan import NO_HEAD, Plan
 from bivl.weights.rules import Rule, norm, pair, under
+from bivl.weights.stored import shown
 
 NO_MASK = "the file has no mask token"
+HALF = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}  # of pixels, where not ImageNet's
 
 
 class ImageNames(NamedTuple):
@@ -35,10 +37,12 @@ def square(weights, patch: int, table: str | None) -> dict:
     g x g patches, three rows being those of CLS."""
     if table is None:
         side = plans.setting(weights.config, "image_size", "input_size", default=224)
-        if isinstance(side, list | tuple) and len(set(side)) == 1:
+        if isinstance(side, list | tuple) and side and all(x == side[0] for x in side):
             side = side[0]
-        if not isinstance(side, int):
-            raise UserError(f"the model reads images of size {side}; only squares are supported")
+        if not isinstance(side, int) or not 0 < side < 2**31:
+            raise UserError(
+                f"the model's config has image_size={shown(repr(side))}; only squares are supported"
+            )
         return {"image_size": side}
     rows, heads = plans.shape(weights, table, 2)
     root = math.isqrt(max(rows - 3, 0))
@@ -50,7 +54,14 @@ def square(weights, patch: int, table: str | None) -> dict:
 def layer_scale(weights) -> float:
     """Where layer scales began, which only training anew would ask."""
     given = plans.setting(weights.config, "layer_scale_init_value")
-    return float(given) if isinstance(given, int | float) and given > 0 else 1e-4
+    return float(given) if isinstance(given, int | float) and 0 < given < 2**31 else 1e-4
+
+
+def statistics(weights, imagenet: bool) -> dict:
+    """Changes for the statistics of pixels, which the original code is told by a flag: what the
+    file says of it, else `imagenet`, what the family's models are trained with."""
+    said = plans.setting(weights.config, "imagenet_default_mean_and_std")
+    return {} if (said if isinstance(said, bool) else imagenet) else HALF
 
 
 def image_plan(weights, names: ImageNames, table: tuple[Rule, ...], eps: float, head: str) -> Plan:
@@ -108,15 +119,15 @@ OTHERS = re.compile(r"pos_embed|cls_pt_layers|encode_task_layer|.*(inner_attn_ln
 
 def is_beit(weights, asked: bool) -> bool:
     """data2vec_vision's names are BEiT's; its regression head [D, D] tells them apart. Fine-tuned
-    files of either look the same; those with a table for each layer are taken for BEiT's."""
+    files of either look the same, and of those with a table for each layer one must be asked for;
+    with one table for all, which is no layout of BEiT's fine-tuning, they are taken for these."""
     t = weights.tensors
     if not {"cls_token", BEIT.patch, "blocks.0.attn.qkv.weight", "blocks.0.attn.q_bias"} <= set(t):
         return False
     head = tuple(t[BEIT.head].shape) if BEIT.head in t else None
     if head and not asked:
         return len(set(head)) == 1
-    own = BEIT.own_table.replace("@", "0") in t
-    return asked or not (own or any(map(OTHERS.match, t)))
+    return asked or not any(map(OTHERS.match, t))
 
 
 def beit(weights, folder) -> Plan:
@@ -124,10 +135,7 @@ def beit(weights, folder) -> Plan:
     has = weights.tensors.__contains__
     head = "mean" if has("fc_norm.weight") else "first" if has("head.weight") else ""
     plan = image_plan(weights, BEIT, tables.BEIT_IMAGE, 1e-6, head)
-    if plans.setting(weights.config, "imagenet_default_mean_and_std", default=True):
-        return plan
-    half = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}  # as its commands fine-tune
-    return dataclasses.replace(plan, changes={**plan.changes, **half})
+    return dataclasses.replace(plan, changes={**plan.changes, **statistics(weights, True)})
 
 
 PORT = BEIT._replace(
@@ -175,6 +183,20 @@ def huggingface_names(start: str) -> ImageNames:
     )
 
 
+def require_tensors(weights, names: ImageNames) -> None:
+    """UserError where config.json has layer scales or tables of positions that the file lacks."""
+    for key, name in (
+        ("layer_scale_init_value", names.scale),
+        ("use_shared_relative_position_bias", names.table),
+        ("use_relative_position_bias", names.own_table),
+    ):
+        said, name = weights.config.get(key), name.replace("@", "0")
+        if isinstance(said, int | float) and said > 0 and name not in weights.tensors:
+            raise UserError(
+                f"config.json has {key}={said}, but the file no {name}; get all files of the model"
+            )
+
+
 def huggingface(weights, folder) -> Plan:
     """transformers' Data2VecVisionModel and what stands on it."""
     plans.require(
@@ -183,6 +205,7 @@ def huggingface(weights, folder) -> Plan:
     )
     start = plans.prefix(weights, "embeddings.patch_embeddings.projection.weight") or ""
     names, has = huggingface_names(start), weights.tensors.__contains__
+    require_tensors(weights, names)
     table = under(start, tables.HUGGINGFACE_IMAGE) + tables.IMAGE_HEADS
     if has(names.table) and has(names.own_table.replace("@", "0")):
         raise UserError(f"the model has both {names.table} and tables of each layer; not supported")

@@ -52,8 +52,9 @@ def front_end(weights, names: Names, width: int, first: int) -> tuple[dict, dict
     strides = plans.setting(weights.config, "conv_stride") or _fairseq_strides(weights)
     if strides is None and kernels == KERNELS:
         strides = STRIDES
-    if strides is None or len(strides) != len(kernels):
-        return changes, {"model.extractor.strides": "the file does not say"}
+    whole = isinstance(strides, list | tuple) and all(type(x) is int and x > 0 for x in strides)
+    if not whole or len(strides) != len(kernels):
+        return changes, {"model.extractor.strides": "the file does not say one for each layer"}
     return changes | {"model.extractor.strides": tuple(strides)}, {}
 
 

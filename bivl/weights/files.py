@@ -135,21 +135,20 @@ def _open_folder(folder: pathlib.Path, part: str | None) -> Weights:
             tensors, parts, chosen = whole.tensors, whole.parts, whole.part
             return Weights(tensors, config, (*files, name), "huggingface", chosen, parts, left)
         if (folder / index).exists():
-            tensors, shards, left = _sharded(folder, index)
+            tensors, shards = _sharded(folder, index)
             if part:
                 raise _member(folder, index).error("has no parts", "leave part out")
             names = (*files, index, *shards)
-            return Weights(tensors, config, names, "huggingface", "", {"": tensors}, left)
+            return Weights(tensors, config, names, "huggingface", "", {"": tensors})
     raise UserError(
         f"weights {shown(folder)}: the folder has no {' or '.join(_IN_FOLDER)}, whole or with an "
         "index; name the folder that has it, or a file"
     )
 
 
-def _sharded(
-    folder: pathlib.Path, index: str
-) -> tuple[dict[str, Tensor], tuple[str, ...], dict[str, str]]:
-    """(tensors, names of the files, what is left out) of a model in several files."""
+def _sharded(folder: pathlib.Path, index: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """(tensors, names of the files) of a model in several files, each tensor where the index has
+    it and nowhere else."""
     file = _member(folder, index)
     places = _json(file, MAX_HEADER).get("weight_map")
     if type(places) is not dict or not all(type(shard) is str for shard in places.values()):
@@ -161,14 +160,11 @@ def _sharded(
     for name, shard in places.items():
         if name not in opened[shard]:
             raise file.error(f"says that {shown(name)} is in {shown(shard)}, where it is not")
-    tensors = {name: opened[shard][name] for name, shard in places.items()}
-    left = {
-        name: f"in {shown(shard)} but not in {index}"
-        for shard, found in opened.items()
-        for name in found
-        if places.get(name) != shard
-    }
-    return tensors, shards, left
+    for shard, found in opened.items():
+        for name in found:
+            if places.get(name) != shard:
+                raise file.error(f"does not say that {shown(name)} is in {shown(shard)}")
+    return {name: opened[shard][name] for name, shard in places.items()}, shards
 
 
 def _member(folder: pathlib.Path, name: str, index: File | None = None) -> File:

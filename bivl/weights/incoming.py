@@ -37,8 +37,8 @@ def recognised(weights, family: str | None, families: Mapping) -> tuple[str, str
     shown = ", ".join(list(weights.tensors)[:3])
     if found:
         raise UserError(
-            f"these weights may be of {' or '.join(found)} ({shown}, ...); pass --family="
-            f"{next(iter(found))}, say"
+            f"these weights may be of {' or '.join(found)} ({shown}, ...); pass --family= with "
+            "the one that they are of"
         )
     what = f"are not {family}'s" if family else "are of no known family"
     raise UserError(

@@ -11,6 +11,7 @@ from typing import Any
 
 from bivl.core.errors import UserError
 from bivl.weights.rules import Rule
+from bivl.weights.stored import shown
 
 HEAD_DIM = 64  # of a head, where nothing says how many heads there are
 OTHERS = {1280: 16, 1408: 16}  # published widths whose heads are wider: ViT-H, ViT-g
@@ -87,6 +88,13 @@ def encoder_sizes(weights, blocks: str, width: int, mlp: int) -> tuple[dict, dic
     """(changes, unknown) for an encoder; `blocks` matches a name in each block, its number as a
     group."""
     depth = count(weights, blocks)
+    said = setting(weights.config, "num_hidden_layers", "encoder_layers")
+    if isinstance(said, int) and said != depth:
+        first = min((name for name in weights.tensors if re.match(blocks, name)), default="")
+        raise UserError(
+            f"the file has {depth} layers ({first}, ...), its config {shown(said)}; get all files "
+            "of the model, its own config among them"
+        )
     changes = {"model.width": width, "model.depth": depth, "model.mlp_dim": mlp}
     changes |= {"model.scan": depth > 4, "dtype": "float32"}
     given = setting(weights.config, *HEADS)

@@ -100,7 +100,7 @@ def refuse(settings: Mapping, patches: int) -> None:
             f"the model's config has max_image_length={most}, which draws as many of {patches} "
             "patches at random; only all of them are supported, set it to -1 in config.json"
         )
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise UserError(
             f"the model's config has hidden_act={activation!r}, which is not supported "
             f"({' and '.join(ACTIVATIONS)} are); give another file"

@@ -106,7 +106,7 @@ def side(size) -> int:
     """The side of a square that a preprocessor means; 0 if it says none."""
     if isinstance(size, Mapping):
         size = size.get("shortest_edge", size.get("height"))
-    return size if isinstance(size, int) and size > 0 else 0
+    return size if isinstance(size, int) and 0 < size < 2**31 else 0
 
 
 def letters(folder: Path | None, classes: int) -> tuple[str, tuple[str, ...]]:

@@ -16,8 +16,9 @@ smoke        20 updates of `tiny` on synthetic images with a random tokenizer, u
 
 TOKENIZER is a checkpoint of configs/pretrain/vqkd.py with as many patches to an image. Compare
 `mim_accuracy` with `most_frequent`, what naming the commonest code everywhere would reach.
-Official files, for bivl.convert: `beitv2_base_patch16_224_pt1k.pth`; fine-tuned
-`..._pt1k_300e_ft1k.pth` 85.0, `..._pt1k_ft1k.pth` 85.5, `..._pt1k_ft21kto1k.pth` 86.5.
+Official files, for bivl.convert: `beitv2_base_patch16_224_pt1k.pth`; fine-tuned, which want
+--family=beit2: `..._pt1k_300e_ft1k.pth` 85.0, `..._pt1k_ft1k.pth` 85.5,
+`..._pt1k_ft21kto1k.pth` 86.5.
 --config.aggregation.depth=0 is BEiT (v1) but for its tokenizer. Follows `beit2/PRETRAINING.md`.
 
 TPU slices (launch/README.md has what they give):

@@ -32,7 +32,7 @@ CASES = {  # class, what differs from the defaults
     "first": ("ForImageClassification", SMALL | SHARED | {"use_mean_pooling": False}),
     "segments": (
         "ForSemanticSegmentation",
-        ODD | OWN | {"num_hidden_layers": 4, "out_indices": [0, 1, 2, 3]},
+        ODD | OWN | {"num_hidden_layers": 4, "out_indices": [0, 1, 2, 3], "num_labels": 6},
     ),
 }
 

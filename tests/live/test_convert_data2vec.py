@@ -33,7 +33,7 @@ IMAGES = {  # class, what differs from the defaults
     "tuned_tables": ("ForImageClassification", SMALL | OWN | {"num_labels": 4}),
     "segments": (
         "ForSemanticSegmentation",
-        IMAGE | SHARED | {"num_hidden_layers": 4, "out_indices": [0, 1, 2, 3]},
+        IMAGE | SHARED | {"num_hidden_layers": 4, "out_indices": [0, 1, 2, 3], "num_labels": 6},
     ),
 }
 TEXT = {"vocab_size": 2048, "max_position_embeddings": 21, "hidden_size": 24}

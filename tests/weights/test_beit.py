@@ -5,12 +5,14 @@ import json
 import jax
 import numpy as np
 import pytest
-from weight_writers import safetensors
+from weight_writers import instance, safetensors, torch_zip
+from weight_writers import name as class_name
 
 import bivl
 from bivl import convert
 from bivl.core.errors import UserError
 from bivl.weights import files
+from bivl.weights.incoming import Official
 from golden import vqkd
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -77,16 +79,18 @@ def tuned(recorded, own: bool):
     return params | {k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()}
 
 
-@pytest.mark.parametrize(("own", "flags"), [(True, ()), (False, ("--family=beit2",))])
-def test_fine_tuned(own, flags, tmp_path, recorded):
-    """The layers are those of the pre-trained model; tables of each layer tell it from data2vec."""
+@pytest.mark.parametrize(("own", "family"), [(True, "beit"), (True, "beit2"), (False, "beit2")])
+def test_fine_tuned(own, family, tmp_path, recorded):
+    """The layers are those of the pre-trained model; the statistics of pixels the version's."""
     batch = {"image": recorded["images"].astype(np.float32)}
     before, _ = converted(tmp_path, theirs(recorded, 1), name="before")
     wanted = bivl.load(before).encode(batch, layers=True)["layers"]
     params = tuned(recorded, own)
-    out, report = converted(tmp_path, params, *flags)
-    assert report["family"] == ("beit" if own else "beit2")
+    out, report = converted(tmp_path, params, f"--family={family}")
+    assert report["family"] == family
     loaded = bivl.load(out)
+    assert loaded.config.image_mean[0] == {"beit": 0.5, "beit2": 0.485}[family]
+    assert loaded.config.image_std[0] == {"beit": 0.5, "beit2": 0.229}[family]
     got = loaded.encode(batch, layers=True)["layers"]
     for ours, others in zip(got, wanted, strict=True):
         np.testing.assert_allclose(ours, others, rtol=0, atol=CLOSE)
@@ -95,6 +99,26 @@ def test_fine_tuned(own, flags, tmp_path, recorded):
     normed = normed * params["fc_norm.weight"] + params["fc_norm.bias"]
     logits = normed @ params["head.weight"].T + params["head.bias"]
     np.testing.assert_allclose(loaded.predict["logits"](batch), logits, rtol=0, atol=1e-4)
+
+
+def test_whose_a_fine_tuned_file_is_must_be_said(tmp_path, recorded):
+    """Both versions' and data2vec's look the same, whose pixels have other statistics."""
+    with pytest.raises(UserError, match="may be of beit or beit2 or data2vec .*pass --family="):
+        converted(tmp_path, tuned(recorded, own=True))
+
+
+@pytest.mark.parametrize("family", ["beit", "beit2", "data2vec"])
+@pytest.mark.parametrize("imagenet", [True, False])
+def test_the_file_says_which_statistics(imagenet, family, tmp_path, recorded):
+    """What a file was trained with goes before what is usual."""
+    args = class_name("argparse", "Namespace")
+    args = instance(args, imagenet_default_mean_and_std=imagenet)
+    file = tmp_path / "theirs.pth"
+    torch_zip(file, {"model": tuned(recorded, own=True), "args": args})
+    plan = Official(file, None, family, convert.families(), False).plan
+    config = convert.configured(plan)
+    assert config.image_mean[0] == (0.485 if imagenet else 0.5)
+    assert config.image_std[0] == (0.229 if imagenet else 0.5)
 
 
 def test_to_huggingface_and_back(tmp_path, recorded):

@@ -86,6 +86,45 @@ def test_converted_and_given_back(kind, tmp_path):
     assert {key: back.get(key) for key in given} == given
 
 
+def bare(kind):
+    """The image model, or Beit's, under a head of six classes that none of ours is."""
+    params, found = recorded("image")
+    start = {"data2vec-vision": "data2vec_vision.", "beit": "beit."}[kind]
+    params = {k.replace("data2vec_vision.", start): v for k, v in params.items()}
+    params = {k: v for k, v in params.items() if not k.startswith("classifier.")}
+    params["decode_head.classifier.weight"] = np.ones((6, 4, 1, 1), np.float32)
+    config = json.loads(str(found["config"])) | {"model_type": kind}
+    ending = {"data2vec-vision": "Data2VecVision", "beit": "Beit"}[kind]
+    config["architectures"] = [f"{ending}ForSemanticSegmentation"]
+    config["id2label"] = {str(i): f"part {i}" for i in range(6)}
+    config["label2id"] = {f"part {i}": i for i in range(6)}
+    return params, config
+
+
+@pytest.mark.parametrize("kind", ["data2vec-vision", "beit"])
+def test_the_classes_of_a_head_that_is_given_back(kind, tmp_path):
+    """They are the file's, not those of the classifier that ours has and the file has not."""
+    params, config = bare(kind)
+    theirs = written(tmp_path / "theirs", params, json.dumps(config))
+    converted(theirs, tmp_path / "ours")
+    converted(tmp_path / "ours", tmp_path / "back", "--to=huggingface")
+    assert_the_same_file(theirs, tmp_path / "back")
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert {key: back.get(key) for key in config} == config
+
+
+@pytest.mark.parametrize("names", [None, 5, {"0": "one too few"}])
+def test_classes_without_names_get_some(names, tmp_path):
+    params, found = recorded("image")
+    config = json.loads(str(found["config"])) | {"id2label": names}
+    theirs = written(tmp_path / "theirs", params, json.dumps(config))
+    converted(theirs, tmp_path / "ours")
+    assert converted(tmp_path / "ours", tmp_path / "back", "--to=huggingface")
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert back["id2label"] == {str(i): f"LABEL_{i}" for i in range(3)}
+    assert back["label2id"] == {f"LABEL_{i}": i for i in range(3)}
+
+
 def test_half_precision_is_given_back_as_such(tmp_path):
     """And from official weights to another library there is no need for a checkpoint between."""
     params, found = recorded("image")

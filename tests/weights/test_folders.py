@@ -44,13 +44,17 @@ def test_shards(base, tmp_path):
     stem, suffix = base.split(".")
     files = [f"{stem}-0000{k}-of-00002.{suffix}" for k in (1, 2)]
     write = safetensors if suffix == "safetensors" else torch_zip
-    write(tmp_path / files[0], {"a": A, "unlisted": A})
+    write(tmp_path / files[0], {"a": A})
     write(tmp_path / files[1], {"b": B})
     index(tmp_path, {"b": files[1], "a": files[0]}, base)
     weights = open_weights(tmp_path)
     assert names(weights) == {"b": [3], "a": [1, 2]}
     assert weights.files == (f"{base}.index.json", files[1], files[0])
-    assert list(weights.left) == ["unlisted"]
+    write(tmp_path / files[0], {"a": A, "unlisted": A})
+    refused(tmp_path, f"does not say that unlisted is in {files[0]}")
+    write(tmp_path / files[0], {"a": A, "b": A})
+    refused(tmp_path, f"does not say that b is in {files[0]}")
+    write(tmp_path / files[0], {"a": A})
     index(tmp_path, {"a": files[0], "c": files[1]}, base)
     refused(tmp_path, "says that c is in")
     (tmp_path / files[1]).unlink()

@@ -4,8 +4,10 @@ import builtins
 import importlib
 import os
 import pickle
+import struct
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -128,6 +130,22 @@ def test_torch_script_admits_no_more(tmp_path):
 
 def loaded(data, **options):
     return unpickle(b"\x80\x02" + data + b".", **options)[0]
+
+
+@pytest.mark.parametrize("kind", ["OrderedDict", "Counter", "defaultdict"])
+def test_no_dict_is_made_of_bytes(kind):
+    """A compressed archive has many for little, and as numbers each takes eight times as much."""
+    size = 2**22
+    data = b"B" + struct.pack("<I", size) + bytes(size)
+    factory = [name("builtins", "list")] if kind == "defaultdict" else []
+    made = call(name("collections", kind), *factory, Raw(data))
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadPickle, match="is damaged"):
+            loaded(made)
+        assert tracemalloc.get_traced_memory()[1] < 4 * size
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
