@@ -84,7 +84,7 @@ def test_workers_end_with_the_run(start, straight, tmp_path):
     for code in (143, -9):
         process = start("train", *arguments(tmp_path, changes))
         wait_for_updates(process, tmp_path, 1)
-        workers = [pid for pid in stats() if stats()[pid][1] == str(process.pid)]
+        workers = [pid for pid, (_, parent) in stats().items() if parent == str(process.pid)]
         assert len(workers) >= 2
         process.send_signal(-code if code < 0 else signal.SIGTERM)
         last = finish(process, code)
