@@ -75,6 +75,8 @@ def base() -> ConfigDict:
                 "layer_decay_embed": True,  # False: the embedding keeps the full rate
                 "freeze": "",  # paths (regex) of parameters that stand still ...
                 "freeze_steps": 0,  # ... for so many updates
+                "fast": "",  # paths (regex) of parameters whose rate is ...
+                "fast_rate": 1.0,  # ... so many times as large
                 "accumulate": 1,  # micro-batches an update
             },
             "mesh": {

@@ -113,6 +113,36 @@ def scale_by_layer(decay: float, embed: bool = True) -> optax.GradientTransforma
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def scale_by_path(pattern: str, factor: float) -> optax.GradientTransformation:
+    """Multiplies the updates of parameters whose path `pattern` finds.
+
+    UserError where it finds none of the parameters, or all.
+    """
+
+    def init(params):
+        _check_some("fast", pattern, params, "have the rate times fast_rate, or set fast_rate=1")
+        return optax.EmptyState()
+
+    def update(updates, state, params=None):
+        def leaf(path, u):
+            return u * factor if re.search(pattern, _path(path)) else u
+
+        return jax.tree_util.tree_map_with_path(leaf, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _check_some(key: str, pattern: str, params, cure: str) -> None:
+    """UserError where optimizer.KEY finds none of the parameters, or all."""
+    paths = [_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    found = sum(bool(re.search(pattern, path)) for path in paths)
+    if paths and found in (0, len(paths)):  # optax.tree.map_params tries it without any
+        raise UserError(
+            f"config.optimizer.{key}={pattern!r} finds {found} of {len(paths)} parameters; "
+            f"write a regex of those that shall {cure}"
+        )
+
+
 def hold(pattern: str, steps: int) -> optax.GradientTransformation:
     """Zeroes the updates of parameters whose path `pattern` finds, for the first `steps` calls.
 
@@ -120,13 +150,7 @@ def hold(pattern: str, steps: int) -> optax.GradientTransformation:
     """
 
     def init(params):
-        paths = [_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-        found = sum(bool(re.search(pattern, path)) for path in paths)
-        if paths and found in (0, len(paths)):  # optax.tree.map_params tries it without any
-            raise UserError(
-                f"config.optimizer.freeze={pattern!r} finds {found} of {len(paths)} parameters; "
-                "write a regex of those that shall stand still, or set freeze_steps=0"
-            )
+        _check_some("freeze", pattern, params, "stand still, or set freeze_steps=0")
         return jnp.int32(0)
 
     def update(updates, count, params=None):
@@ -165,12 +189,13 @@ def make_optimizer(config, schedule) -> optax.GradientTransformation:
     """`config.optimizer` -> clip by global norm, Adam, decoupled decay, layer decay, -lr.
 
     Decoupled decay is lr * weight_decay * p, as in torch.optim.AdamW and fairseq's "adam". What
-    `freeze` (a regex of paths) finds stands still for the first `freeze_steps` updates.
+    `freeze` (a regex of paths) finds stands still for the first `freeze_steps` updates; what `fast`
+    finds has the rate times `fast_rate`.
     """
     for key in ("beta1", "beta2"):
         if not config[key] < 1:
             raise UserError(f"config.optimizer.{key}={config[key]} must lie in [0, 1)")
-    for key in ("no_decay", "freeze"):
+    for key in ("no_decay", "freeze", "fast"):
         try:
             re.compile(config[key])
         except re.error as error:
@@ -185,5 +210,7 @@ def make_optimizer(config, schedule) -> optax.GradientTransformation:
         parts.append(optax.add_decayed_weights(config.weight_decay, mask))
     if config.layer_decay != 1.0:
         parts.append(scale_by_layer(config.layer_decay, config.layer_decay_embed))
+    if config.fast_rate != 1.0:
+        parts.append(scale_by_path(config.fast, config.fast_rate))
     parts.append(optax.scale_by_learning_rate(schedule))
     return optax.chain(*parts, *held)

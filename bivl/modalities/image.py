@@ -127,9 +127,19 @@ def _train_picture(config):
 
 
 def train_image(config):
-    """record, rng -> uint8 [S, S, 3] as training sees it: jitter, flip, random resized crop."""
-    picture = _train_picture(config)
-    return lambda record, rng: np.asarray(picture(record, rng))
+    """record, rng -> uint8 [S, S, 3] as training sees it: jitter, flip, random resized crop, and
+    where augment.rand_level is above 0 BEiT-3's RandAugment."""
+    picture, a = _train_picture(config), config.augment
+    if not (level := a.get("rand_level", 0)):
+        return lambda record, rng: np.asarray(picture(record, rng))
+    if not 0 < level <= 10:
+        raise UserError(f"config.augment.rand_level={level} must lie between 0 and 10")
+
+    def changed(record, rng):
+        shown = picture(record, rng)
+        return np.asarray(randaugment.rand_augment_pairs(shown, rng, level, a.rand_layers))
+
+    return changed
 
 
 def labelled_ops(config):

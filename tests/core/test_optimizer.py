@@ -138,6 +138,31 @@ def test_one_update_by_hand():
     np.testing.assert_allclose(blocks, [[decayed / 4] * 2, [decayed / 2] * 2], rtol=1e-5)
 
 
+def test_what_is_fast_moves_further():
+    """Its weight decay with it, as a rate of its own does in torch.optim.AdamW."""
+    config = options(weight_decay=0.1, eps=0.0, fast="^head/(fc|norm)/", fast_rate=20.0)
+    tx = optimizer.make_optimizer(config, lambda step: 0.01)
+    params = {"head": {name: {"kernel": jnp.full((2,), 3.0)} for name in ("fc", "pooler")}}
+    grads = jax.tree.map(lambda x: jnp.full(x.shape, -7.0), params)
+    updates = tx.update(grads, tx.init(params), params)[0]["head"]
+    np.testing.assert_allclose(updates["pooler"]["kernel"], 0.01 * (1 - 0.1 * 3), rtol=1e-5)
+    np.testing.assert_allclose(updates["fc"]["kernel"], 0.2 * (1 - 0.1 * 3), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("(", "config.optimizer.fast='\\(' is no regex"),
+        ("", "fast='' finds 1 of 1 parameters; write a regex of those that shall have the rate"),
+        ("tail", "fast='tail' finds 0 of 1 parameters"),
+    ],
+)
+def test_all_or_nothing_cannot_be_fast(pattern, words):
+    with pytest.raises(UserError, match=words):
+        config = options(fast=pattern, fast_rate=2.0)
+        optimizer.make_optimizer(config, lambda step: 1.0).init({"head": jnp.ones(2)})
+
+
 @pytest.mark.parametrize(("clip_norm", "length"), [(0.0, 50.0), (5.0, 5.0), (100.0, 50.0)])
 def test_clipping_by_global_norm_and_without(clip_norm, length):
     tx = optimizer.make_optimizer(options(clip_norm=clip_norm, beta1=0.5), lambda step: 1.0)

@@ -152,6 +152,36 @@ def test_every_operation_runs_at_every_strength(interpolation):
             assert rand_augment(noise(), rng, magnitude, **options).shape == (24, 40, 3)
 
 
+def test_pairs_are_changed_as_beit3_is_tuned(monkeypatch):
+    """Ten operations at level 7 of 10: what each is called with, in a picture of 40 x 24."""
+    seen = {}
+
+    def spy(name):
+        return lambda picture, value, options: seen.setdefault(name, set()).add(value) or picture
+
+    monkeypatch.setattr(randaugment, "OPERATIONS", {name: spy(name) for name in OPERATIONS})
+    rng, picture = np.random.default_rng(0), Image.fromarray(noise())
+    for _ in range(300):
+        assert randaugment.rand_augment_pairs(picture, rng) is picture
+    once = {"brightness": 1.36, "sharpness": 1.36}
+    both = {"shear_x": 0.21, "shear_y": 0.21, "translate_x": 7 / 40, "translate_y": 7 / 24}
+    both["rotate"] = 21
+    assert seen.keys() == {"auto_contrast", "equalize", *once, *both}
+    for name, value in once.items():
+        assert list(seen[name]) == [pytest.approx(value)]
+    for name, value in both.items():
+        np.testing.assert_allclose(sorted(seen[name]), (-value, value), rtol=1e-6)
+
+
+def test_pairs_are_left_alone_as_often_as_the_policy_says():
+    picture, rng = Image.fromarray(noise()), np.random.default_rng(0)
+    drawn = [np.array(randaugment.rand_augment_pairs(picture, rng, 7.0, 1)) for _ in range(2000)]
+    same = np.mean([np.array_equal(x, noise()) for x in drawn])
+    # Half are skipped, identity is a tenth of the rest, and noise already has the whole range.
+    assert 0.55 < same < 0.68
+    assert max((x == 128).all(-1).mean() for x in drawn) > 0.1  # grey comes in
+
+
 def test_unknown_interpolation_is_refused():
     with pytest.raises(UserError, match="interpolation='lanczos' is unknown; use bilinear"):
         rand_augment(noise(), np.random.default_rng(0), interpolation="lanczos")

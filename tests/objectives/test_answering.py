@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def test_every_answer_is_told_right_or_wrong():
     rng = np.random.default_rng(0)
     logits, right = 3 * rng.normal(size=(4, 5)), rng.random((4, 5))
     p = 1 / (1 + np.exp(-logits))
-    wanted = -(right * np.log(p) + (1 - right) * np.log(1 - p)).mean()
+    wanted = -(right * np.log(p) + (1 - right) * np.log(1 - p)).sum(-1).mean()
     np.testing.assert_allclose(vqa.mean_loss(jnp.asarray(logits), jnp.asarray(right)), wanted, 1e-5)
     labels = np.array([0, 4, 2, 2])
     one = vqa.mean_loss(jnp.asarray(logits), jnp.asarray(np.eye(5)[labels]))
@@ -78,6 +79,19 @@ def test_the_spec_is_what_the_ops_give(name):
 
 def _first(key):
     return {"image": [statement()["image"]]} if key != "image" else {}
+
+
+def test_pictures_of_questions_are_changed():
+    c = config("vqa", augment__rand_level=7.0, augment__flip=False, augment__scale=(1.0, 1.0))
+    assert c.augment.rand_layers == 2
+    given = statement(image=np.full((16, 16, 3), 200, np.uint8))
+    ops = models.make_objective(c).train_ops
+    seen = [ops(given, np.random.default_rng(seed))["image"] for seed in range(12)]
+    assert any((x == 200).all() for x in seen)
+    assert any((x == 128).any() for x in seen) and not all((x == 128).any() for x in seen)
+    c.augment.rand_level = 11.0
+    with pytest.raises(UserError, match="config.augment.rand_level=11.0 must lie between 0 and 10"):
+        models.make_objective(c)
 
 
 def test_images_are_cropped_each_for_itself():
@@ -169,6 +183,9 @@ def test_rates_and_decay_of_the_parts(name):
     assert scales["head"]["logits"]["kernel"] == 1
     assert scales["embed"]["text_positions"]["value"] == 0.5**3
     recipe = published(name, "base").optimizer
+    paths = {key for key in params["head"] if re.search(recipe.fast, f"head/{key}/kernel")}
+    assert recipe.fast_rate == {"vqa": 20, "nlvr2": 1}[name]
+    assert name == "nlvr2" or paths == {"fc", "norm", "logits"}  # not the pooler
     assert (recipe.weight_decay, recipe.layer_decay) == {"vqa": (0.01, 1), "nlvr2": (0.2, 0.65)}[
         name
     ]
