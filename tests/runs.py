@@ -42,7 +42,7 @@ MAPS = {key: value for key, value in SMALL.items() if not key.startswith("model.
 MAPS |= {"model.widths": "(32, 32)", "model.stem": "8"} | {
     f"model.{key}": "(1, 1)" for key in ("repeats", "kernels", "strides", "expansions")
 }
-FINETUNE = ("contrastive", "vqa", "nlvr2")  # of these, the configs that tune
+FINETUNE = ("contrastive", "vqa", "nlvr2", "beit3_image", "glue", "ctc")  # the configs that tune
 PRETRAIN = {  # the objectives of pre-training by their configs, and what makes these small
     "data2vec_image": SMALL,
     "data2vec_text": TEXT,
@@ -61,6 +61,13 @@ PRETRAIN = {  # the objectives of pre-training by their configs, and what makes 
     "vilt": SMALL | PAIRS | {"model.depth": "1"},
     "align": MAPS | TOWER | {"contrast.width": "32", "model.text.depth": "2"},
 }
+TUNE = {  # what tests/test_finetune.py trains, on more meshes
+    "beit3_image": SMALL | {"model.depth": "1"},
+    "glue": COMMON | {"text.length": "32", "text.input_length": "32"},
+    "ctc": COMMON | {"audio.length": "16000", "audio.eval_length": "16000", "max_letters": "6"},
+}
+TUNE["ctc"] |= {"model.extractor.width": "16"}
+ALL = PRETRAIN | TUNE
 
 
 def path(name: str) -> str:
@@ -70,7 +77,7 @@ def path(name: str) -> str:
 
 def arguments(changes=(), name="data2vec_image"):
     """The small run of a pre-training config with dotted `changes` (a dict), as a command line."""
-    settings = PRETRAIN[name] | dict(changes)
+    settings = ALL[name] | dict(changes)
     config = f"--config={path(name)}:smoke"
     return [config, *(f"--config.{key}={value}" for key, value in settings.items())]
 
@@ -80,7 +87,7 @@ def tiny(changes=(), name="data2vec_image"):
     from bivl.core import config as configs
 
     config = configs.load(f"{path(name)}:smoke")
-    configs.override(config, list((PRETRAIN[name] | dict(changes)).items()))
+    configs.override(config, list((ALL[name] | dict(changes)).items()))
     return config
 
 

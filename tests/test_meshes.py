@@ -17,7 +17,7 @@ from bivl.core import collectives, hlo, sharding
 from bivl.core import config as configs
 
 pytestmark = [pytest.mark.meshes, pytest.mark.usefixtures("quick_compile")]
-NAMES = tuple(runs.PRETRAIN)
+NAMES = tuple(runs.ALL)
 STEPS = 10
 MESHES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8), "2x2x2": (2, 2, 2)}
 # Where an encoder may say how many heads it has: eight devices are to divide them.
@@ -25,6 +25,7 @@ HEADS = ("model", "model.text", "teacher.config.model", "teacher.config.teacher.
 # What sees the whole batch at once has no micro-batches: but for that term, they are compared.
 WHOLE = {"bivl": {"contrast.weight": "0"}}
 REFUSED = ("contrastive", "clip", "align")
+EXCHANGED = {"beit3_image": {"collective-permute"}}  # Mixup takes the batch in reverse order
 
 
 @functools.cache
@@ -76,7 +77,8 @@ def test_parameters_are_gathered_once(name):
         text = program.compile().as_text()
     found = collectives.find(hlo.parse(text), 8)
     kinds = {x.kind for x in found}
-    assert {"all-gather", "all-reduce"} <= kinds <= {"all-gather", "all-reduce", "all-to-all"}
+    allowed = {"all-gather", "all-reduce", "all-to-all"} | EXCHANGED.get(name, set())
+    assert {"all-gather", "all-reduce"} <= kinds <= allowed
     state = program.abstract
     owners = Counter()
     for leaf in jax.tree.leaves((state.params, state.teacher)):
