@@ -157,12 +157,6 @@ def test_two_processes_train_as_one(pair, single):
     assert runs.lines(pair, "evaluations") == runs.lines(single, "evaluations")
 
 
-def test_chips_of_one_process_need_not_be_neighbours(start, single, tmp_path):
-    args = arguments(tmp_path, ALONE)
-    finish_all(start_all(start, "train", args, codes=dict.fromkeys(range(2), SCATTERED)))
-    assert_close(tmp_path, single)
-
-
 def test_killed_terminated_and_resumed_in_two_four_and_one(start, pair, quick_compile, tmp_path):
     """Two, of which one is killed; four, of which one is terminated; and one on another mesh."""
     args = arguments(tmp_path, ALONE)
@@ -210,6 +204,13 @@ def test_evaluation_in_two_processes_gives_the_same_numbers(start, pair, tmp_pat
 
 
 # More of the same, and more processes.
+
+
+@pytest.mark.meshes
+def test_chips_of_one_process_need_not_be_neighbours(start, single, tmp_path):
+    args = arguments(tmp_path, ALONE)
+    finish_all(start_all(start, "train", args, codes=dict.fromkeys(range(2), SCATTERED)))
+    assert_close(tmp_path, single)
 
 
 @pytest.mark.meshes

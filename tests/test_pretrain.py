@@ -14,6 +14,9 @@ from bivl import embed, evaluate, train
 from bivl.core.errors import UserError
 
 OTHERS = [name for name in runs.PRETRAIN if name != "data2vec_image"]  # that one: test_train.py
+# On meshes, where dropout draws: one of each kind here, the rest with `pytest -m meshes`.
+KINDS = ("data2vec_text", "data2vec2_speech", "vqkd", "bivl", "vqa")
+MESHED = [pytest.param(x, marks=() if x in KINDS else pytest.mark.meshes) for x in OTHERS]
 DROPOUT = {"dropout": "0.1", "attention_dropout": "0.1"}
 CHANGES = runs.mesh(2, 2, 2) | {"steps": "5", "checkpoint.every": "3"}
 TOGETHER = {  # what a model is given in one call; by modality, others are modalities themselves
@@ -52,7 +55,7 @@ def test_resume_gives_the_same_bits(trained, tmp_path, name):
     assert runs.without_times(runs.lines(resumed)) == runs.without_times(before)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", MESHED)
 def test_the_losses_on_a_mesh_are_those_of_one_device(trained, name):
     """On 2 x 2 x 2 here; 1 x 8 x 1 and 8 x 1 x 1 in test_train.py and in two processes."""
     workdir, state = trained(name)
