@@ -15,7 +15,7 @@ from bivl.core.errors import UserError
 
 OTHERS = [name for name in runs.PRETRAIN if name != "data2vec_image"]  # that one: test_train.py
 # On meshes, where dropout draws: one of each kind here, the rest with `pytest -m meshes`.
-KINDS = ("data2vec_text", "data2vec2_speech", "vqkd", "bivl", "vqa")
+KINDS = ("data2vec_text", "data2vec2_speech", "vqkd", "bivl", "vqa", "align")
 MESHED = [pytest.param(x, marks=() if x in KINDS else pytest.mark.meshes) for x in OTHERS]
 DROPOUT = {"dropout": "0.1", "attention_dropout": "0.1"}
 CHANGES = runs.mesh(2, 2, 2) | {"steps": "5", "checkpoint.every": "3"}
@@ -64,7 +64,7 @@ def test_the_losses_on_a_mesh_are_those_of_one_device(trained, name):
     assert len(set(expected[:, 0])) == 5
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     close = functools.partial(np.testing.assert_allclose, atol=1e-4)
-    jax.tree.map(close, state.extras, alone.extras)  # the codebook of vqkd
+    jax.tree.map(close, state.extras, alone.extras)  # the codebook of vqkd, statistics of align
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -22,9 +22,11 @@ def make():
     np.ones(2**24)
 for _ in range(12):
     make()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-make()
-print(changed, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    make()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(changed, min(faults() for _ in range(6)))  # threads free in any order: now and then one grows
 """
 
 
