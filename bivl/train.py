@@ -58,7 +58,9 @@ class Program:
 
     def compile(self):
         """The compiled step, a function of (state, batch, n)."""
-        return self.step.lower(self.abstract, self.example_batch(), np.int32(1)).compile()
+        compiled = self.step.lower(self.abstract, self.example_batch(), np.int32(1)).compile()
+        memory.settle()
+        return compiled
 
     def flops(self) -> float:
         """Matmul and convolution FLOPs of one update, what remat computes again left out."""
